@@ -1,0 +1,101 @@
+// The only header that knows tvm-ffi. KESTREL_EXPORT(op) binds a C++ function under its own name; the Python call takes
+// its arguments in order, less the stream, which is the caller's current one on the device of the first tensor.
+//   Tensor | std::optional<Tensor>   an array, None            bool, int64_t, float   as they are
+//   Value<T>                         a number or an array      std::string_view       str
+#pragma once
+
+#include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/tvm_ffi.h>
+
+#include <string_view>
+#include <type_traits>
+
+#include <kestrel/tensor.h>
+
+namespace kestrel::binding {
+
+namespace ffi = tvm::ffi;
+
+template <class T>
+struct Argument {  // numbers
+  using From = std::conditional_t<std::is_same_v<T, float>, double, T>;
+  static T convert(From value) { return static_cast<T>(value); }
+};
+
+template <>
+struct Argument<Tensor> {
+  using From = ffi::TensorView;
+  static Tensor convert(const ffi::TensorView& view) {
+    DLTensor dl{view.data_ptr(),
+                view.device(),
+                view.ndim(),
+                view.dtype(),
+                const_cast<int64_t*>(view.shape().data()),
+                const_cast<int64_t*>(view.strides().data()),
+                view.byte_offset()};
+    return Tensor(dl);
+  }
+};
+
+template <>
+struct Argument<std::optional<Tensor>> {
+  using From = ffi::Optional<ffi::TensorView>;
+  static std::optional<Tensor> convert(const From& view) {
+    if (!view.has_value()) return std::nullopt;
+    return Argument<Tensor>::convert(*view);
+  }
+};
+
+template <class T>
+struct Argument<Value<T>> {
+  using From = ffi::AnyView;
+  static Value<T> convert(const ffi::AnyView& any) {
+    if (auto view = any.as<ffi::TensorView>()) return Value<T>(Argument<Tensor>::convert(*view));
+    return Value<T>(static_cast<T>(any.cast<std::conditional_t<std::is_floating_point_v<T>, double, int64_t>>()));
+  }
+};
+
+template <>
+struct Argument<std::string_view> {
+  using From = ffi::String;
+  static std::string_view convert(const ffi::String& text) { return {text.data(), text.size()}; }
+};
+
+inline void find_device(const Tensor& t, const DLDevice** device) {
+  if (!*device && !t.on_cpu()) *device = &t.device;
+}
+inline void find_device(const std::optional<Tensor>& t, const DLDevice** device) {
+  if (t) find_device(*t, device);
+}
+template <class T>
+void find_device(const T&, const DLDevice**) {}
+
+inline const char* python_name(ErrorKind kind) {
+  switch (kind) {
+    case ErrorKind::kTypeError: return "TypeError";
+    case ErrorKind::kValueError: return "ValueError";
+    case ErrorKind::kNotImplementedError: return "NotImplementedError";
+    case ErrorKind::kRuntimeError: break;
+  }
+  return "RuntimeError";
+}
+
+template <class... Args>
+auto bind(void (*op)(Stream, Args...)) {
+  return [op](typename Argument<Args>::From... from) {
+    std::tuple<Args...> args{Argument<Args>::convert(from)...};
+    const DLDevice* device = nullptr;
+    std::apply([&](const auto&... arg) { (find_device(arg, &device), ...); }, args);
+    Stream stream;
+    if (device) stream = Stream(TVMFFIEnvGetStream(device->device_type, device->device_id));
+    try {
+      std::apply([&](auto&... arg) { op(stream, arg...); }, args);
+    } catch (const Error& error) {
+      throw ffi::Error(python_name(error.kind), error.what(), "");
+    }
+  };
+}
+
+}  // namespace kestrel::binding
+
+#define KESTREL_EXPORT(op) TVM_FFI_DLL_EXPORT_TYPED_FUNC(op, ::kestrel::binding::bind(&::kestrel::op))

@@ -1,0 +1,22 @@
+// Programmatic dependent launch, the library's rule: before its wait a kernel reads only what no kernel writes during
+// the run (weights, scales, tables) and writes nothing; it triggers right after its wait, so that when its successor
+// starts, everything older than this kernel is complete. Both are no-ops below sm_90 and in plain launches.
+#pragma once
+
+namespace kestrel {
+
+// griddepcontrol.wait: returns when the preceding grid has completed and its writes are visible.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// griddepcontrol.launch_dependents: the following grid may be placed. It publishes nothing.
+__device__ __forceinline__ void release_successor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace kestrel

@@ -1,0 +1,182 @@
+"""The way from a Python call to the library: arrays of any framework in, one C++ function called.
+
+An op's module declares `Op("name", "out x eps", writes="out")` and calls it with the arguments in that order. Torch
+tensors and numbers go straight through; everything else is converted first, without copying. Shapes, dtypes, strides
+and values are checked by the library alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from kestrel_kernels import _library
+
+Array = Any  # torch.Tensor, numpy.ndarray, jax.Array, cupy.ndarray, or any other object that speaks DLPack
+ArrayT = TypeVar("ArrayT")
+
+_SCALARS = frozenset({int, float, bool, str, type(None)})
+_torch_types: frozenset[type] = frozenset()  # filled on the first call, which imports torch where there is one
+
+
+class Op:
+    """A function of the library, bound on first use."""
+
+    __slots__ = ("_arguments", "_function", "_writes", "name")
+
+    def __init__(self, name: str, arguments: str, writes: str) -> None:
+        self.name = name
+        self._arguments = arguments.split()
+        self._writes = frozenset(writes.split())
+        self._function: Callable[..., None] | None = None
+
+    def __call__(self, *args: Any) -> None:
+        function = self._function or self._bind()
+        for arg in args:
+            kind = type(arg)
+            if kind in _torch_types:
+                if arg.requires_grad and sys.modules["torch"].is_grad_enabled():
+                    break
+            elif kind not in _SCALARS:
+                break
+        else:
+            function(*args)
+            return
+        self._call_converted(function, args)
+
+    def _bind(self) -> Callable[..., None]:
+        global _torch_types
+        self._function = function = getattr(_library.load(), self.name)
+        if torch := sys.modules.get("torch"):
+            _torch_types = frozenset({torch.Tensor, torch.nn.Parameter})
+        return function
+
+    def _call_converted(self, function: Callable[..., None], args: Sequence[Any]) -> None:
+        converted = [
+            _convert(f"{self.name}: {name}", arg, name in self._writes)
+            for name, arg in zip(self._arguments, args, strict=True)
+        ]
+        with _stream_of(args):
+            function(*converted)
+
+
+def _is(array: Any, module: str, name: str) -> bool:
+    """isinstance(array, module.name), without importing the module."""
+    loaded = sys.modules.get(module)
+    return loaded is not None and isinstance(array, getattr(loaded, name))
+
+
+def _convert(what: str, array: Any, written: bool) -> Any:
+    import tvm_ffi
+
+    if type(array) in _SCALARS:
+        return array
+    if _is(array, "torch", "Tensor"):
+        torch = sys.modules["torch"]
+        if array.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{what} must not require grad (inference only: call under torch.no_grad()), got one that does"
+            )
+        if type(array) not in _torch_types and hasattr(array, "fake_mode"):
+            raise TypeError(f"{what} must hold data, got a {type(array).__name__}")
+        return array
+    if _is(array, "numpy", "ndarray"):
+        return _convert_numpy(what, array, written)
+    if _is(array, "numpy", "generic"):
+        return array.item()
+    if _is(array, "jax", "Array"):
+        if written:
+            raise TypeError(f"{what} must be writable, got a JAX array, which is immutable")
+        return tvm_ffi.from_dlpack(array)
+    if hasattr(array, "__dlpack__"):
+        return tvm_ffi.from_dlpack(array)
+    raise TypeError(
+        f"{what} must be an array (PyTorch, NumPy, JAX, CuPy or any DLPack object), got {type(array).__name__}"
+    )
+
+
+# DLPack's codes of the dtypes that NumPy knows from ml_dtypes, and the NumPy dtype of the same width.
+_EXTENSION_DTYPES = {"bfloat16": (4, "uint16"), "float8_e4m3fn": (10, "uint8")}
+
+
+def _convert_numpy(what: str, array: Any, written: bool) -> Any:
+    import tvm_ffi
+
+    if written and not array.flags.writeable:
+        raise TypeError(f"{what} must be writable, got a read-only NumPy array")
+    if not array.dtype.isnative:
+        raise TypeError(f"{what} must be in native byte order, got {array.dtype}")
+    if array.dtype.name not in _EXTENSION_DTYPES:
+        try:
+            return tvm_ffi.from_dlpack(array.__dlpack__(max_version=(1, 1)))
+        except BufferError:
+            raise TypeError(f"{what} has a dtype that DLPack does not carry, got {array.dtype}") from None
+    # NumPy exports no extension dtype: export an integer view and put the dtype code into the capsule's DLTensor.
+    code, stand_in = _EXTENSION_DTYPES[array.dtype.name]
+    capsule = array.view(stand_in).__dlpack__(max_version=(1, 1))
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    address = pointer(capsule, b"dltensor_versioned")
+    ctypes.c_uint8.from_address(address + 32 + 20).value = code  # DLManagedTensorVersioned.dl_tensor.dtype.code
+    return tvm_ffi.from_dlpack(capsule)
+
+
+def _stream_of(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """The current stream of a framework that tvm-ffi does not know. Torch's is taken from its tensors."""
+    cupy = sys.modules.get("cupy")
+    for arg in args:
+        if cupy is not None and isinstance(arg, cupy.ndarray):
+            import tvm_ffi
+
+            stream = cupy.cuda.get_current_stream(arg.device.id)
+            return tvm_ffi.use_raw_stream(tvm_ffi.device(f"cuda:{arg.device.id}"), stream.ptr)
+    return contextlib.nullcontext()
+
+
+def shape_of(what: str, array: Any, rank: int = 1) -> tuple[int, ...]:
+    """The shape of an argument of at least `rank` dimensions, for a functional form that sizes its result by it."""
+    shape = getattr(array, "shape", None)
+    if shape is None:
+        raise TypeError(
+            f"{what} must be an array (PyTorch, NumPy, JAX, CuPy or any DLPack object), got {type(array).__name__}"
+        )
+    if len(shape) < rank:
+        raise ValueError(f"{what} must have at least {rank} dimension{'s' * (rank > 1)}, got shape {list(shape)}")
+    return tuple(shape)
+
+
+def new_array(like: Any, shape: Sequence[int], dtype: str | None = None) -> Any:
+    """An uninitialized array of `like`'s framework, device and, unless given, dtype. Pass it through `result`."""
+    if _is(like, "torch", "Tensor"):
+        return like.new_empty(shape, dtype=dtype and getattr(sys.modules["torch"], dtype))
+    if _is(like, "cupy", "ndarray"):
+        return sys.modules["cupy"].empty(shape, _numpy_dtype(dtype) if dtype else like.dtype)
+    if _is(like, "numpy", "ndarray") or _is(like, "jax", "Array"):
+        import numpy as np
+
+        if _is(like, "jax", "Array") and next(iter(like.devices())).platform != "cpu":
+            raise NotImplementedError("functional forms take JAX arrays on the CPU only")
+        return np.empty(shape, _numpy_dtype(dtype) if dtype else like.dtype)
+    raise TypeError(
+        f"functional forms return PyTorch, NumPy, JAX or CuPy arrays; use the into form for {type(like).__name__}"
+    )
+
+
+def result(array: Any, like: Any) -> Any:
+    """What `new_array(like, ...)` gave, once written, as an array of `like`'s framework."""
+    if _is(like, "jax", "Array"):
+        return sys.modules["jax"].numpy.asarray(array)
+    return array
+
+
+def _numpy_dtype(name: str) -> Any:
+    import numpy as np
+
+    if name in _EXTENSION_DTYPES:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, name))
+    return np.dtype(name)
