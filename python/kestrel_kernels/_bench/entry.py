@@ -116,6 +116,9 @@ class Entry:
         """From other libraries, those that can be imported."""
         return {}
 
+    def steady(self, s: Set) -> None:
+        """Changes a checked set so that calls which work in place can repeat for ever without overflow."""
+
     def single_torch_op(self, s: Set) -> Any:
         """One op of PyTorch's own with as many arguments: what a call costs there (`host_case`)."""
         raise NotImplementedError

@@ -68,6 +68,8 @@ def _row(entry: Entry, clock: Clock, peers: str, notes: list[str]) -> results.Ro
     first = entry.inputs(make)
     error = check(entry, first)
     sets = [first, *(entry.inputs(make) for _ in range(clock.sets_for(nbytes(first)) - 1))]
+    for s in sets:
+        entry.steady(s)
     cold, warm = clock.time([entry.bound(s) for s in sets])
     times: dict[str, float] = {}
     for name, peer in _peers(entry, peers).items():
