@@ -19,7 +19,7 @@ foreach(folder IN LISTS op_folders)
     install(FILES "${folder}/${op}.h" DESTINATION ${include_dir}/kestrel COMPONENT python)
   endif()
 endforeach()
-install(FILES kestrel/tensor.h kestrel/dtype.h kestrel/error.h DESTINATION ${include_dir}/kestrel COMPONENT python)
+install(FILES kestrel/tensor.h kestrel/dtype.h kestrel/error.h kestrel/info.h DESTINATION ${include_dir}/kestrel COMPONENT python)
 install(FILES "${DLPACK_INCLUDE_DIR}/dlpack/dlpack.h" DESTINATION ${include_dir}/dlpack COMPONENT python)
 
 install(EXPORT KestrelKernels NAMESPACE Kestrel:: DESTINATION ${cmake_dir} COMPONENT python FILE KestrelKernelsTargets.cmake)
@@ -27,3 +27,7 @@ configure_package_config_file(cmake/KestrelKernelsConfig.cmake.in KestrelKernels
 write_basic_package_version_file(KestrelKernelsConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 install(FILES "${CMAKE_CURRENT_BINARY_DIR}/KestrelKernelsConfig.cmake"
               "${CMAKE_CURRENT_BINARY_DIR}/KestrelKernelsConfigVersion.cmake" DESTINATION ${cmake_dir} COMPONENT python)
+# The names that the Python package finds at run time, for type checkers.
+install(CODE "execute_process(COMMAND \"${Python_EXECUTABLE}\" \"${PROJECT_SOURCE_DIR}/tools/stubs.py\"
+                              \"\${CMAKE_INSTALL_PREFIX}/${package}/__init__.pyi\" COMMAND_ERROR_IS_FATAL ANY)"
+        COMPONENT python)

@@ -56,4 +56,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES, *_names()})
+    own = {name for name in globals() if name.startswith("__")}
+    return sorted(own | {name for name in _MODULES if "." not in name} | set(_names()))

@@ -131,12 +131,12 @@ def _demo(args: argparse.Namespace) -> int:
         sys.stdout.write(pieces[-1])
     finally:
         sys.stdout.write("\n")
-    settings = [f"{path.name}", f"KV cache {'fp8 (e4m3)' if args.kv_cache_dtype == 'fp8' else 'bfloat16'}"]
+    settings = [f"KV cache {'fp8 (e4m3)' if args.kv_cache_dtype == 'fp8' else 'bfloat16'}"]
     settings.append(
         f"temperature {args.temperature:g}, top {args.top_k}, seed {args.seed}" if args.temperature else "greedy"
     )
     run = report.Run(
-        loaded.config.name, args.prompt, "".join(pieces), ", ".join(settings), len(prompt), generation.tokens,
+        path.stem, args.prompt, "".join(pieces), ", ".join(settings), len(prompt), generation.tokens,
         generation.prefill_seconds, generation.decode_seconds, load_seconds, meter.cpu_name(), roof, generation.rows(),
     )  # fmt: skip
     report.print_table(run, Console())

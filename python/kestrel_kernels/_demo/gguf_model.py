@@ -33,7 +33,6 @@ OnProgress = Callable[[str, float], None]  # what is being done, and how much of
 
 @dataclass(frozen=True)
 class Config:
-    name: str
     layers: int
     hidden: int
     heads: int
@@ -260,7 +259,6 @@ def _config(fields: _Fields, tensors: set[str]) -> Config:
     heads, hidden = fields.need("llama.attention.head_count"), fields.need("llama.embedding_length")
     head_dim = fields.get("llama.attention.key_length", hidden // heads)
     return Config(
-        name=fields.get("general.name", fields.path.stem),
         layers=fields.need("llama.block_count"),
         hidden=hidden,
         heads=heads,
