@@ -1,32 +1,26 @@
 #include <cmath>
 #include <vector>
 
-#include "kestrel/cpu/convert.h"
 #include "kestrel/cpu/math.h"
 #include "kestrel/cpu/parallel.h"
+#include "kestrel/cpu/rows.h"
 #include "ops/layernorm/args.h"
 
 namespace KESTREL_CPU {
 namespace {
 
-template <class T>
-void widen(float* __restrict out, const T* __restrict x, int64_t width) {
-  for (int64_t i = 0; i < width; ++i) out[i] = to_float(x[i]);
-}
-
-// Copies x as fp32 and sums it, in four sums side by side: a single one would wait for each addition.
-template <class T>
-float widen_and_sum(float* __restrict row, const T* __restrict x, int64_t width) {
+// Four sums side by side: a single one would wait for each addition.
+float sum(const float* row, int64_t width) {
   const int64_t quarter = width / 4;
   float a = 0, b = 0, c = 0, d = 0;
 #pragma omp simd reduction(+ : a, b, c, d)
   for (int64_t i = 0; i < quarter; ++i) {
-    a += row[i] = to_float(x[i]);
-    b += row[i + quarter] = to_float(x[i + quarter]);
-    c += row[i + 2 * quarter] = to_float(x[i + 2 * quarter]);
-    d += row[i + 3 * quarter] = to_float(x[i + 3 * quarter]);
+    a += row[i];
+    b += row[i + quarter];
+    c += row[i + 2 * quarter];
+    d += row[i + 3 * quarter];
   }
-  for (int64_t i = 4 * quarter; i < width; ++i) a += row[i] = to_float(x[i]);
+  for (int64_t i = 4 * quarter; i < width; ++i) a += row[i];
   return (a + b) + (c + d);
 }
 
@@ -46,10 +40,9 @@ float sum_of_squares(const float* row, float mean, int64_t width) {
   return (a + b) + (c + d);
 }
 
-template <class T>
-void normalize(T* __restrict out, const float* __restrict row, const float* __restrict weight,
-               const float* __restrict bias, float mean, float rstd, int64_t width) {
-  for (int64_t i = 0; i < width; ++i) out[i] = from_float<T>(mul_add((row[i] - mean) * rstd, weight[i], bias[i]));
+void normalize(float* __restrict row, const float* __restrict weight, const float* __restrict bias, float mean,
+               float rstd, int64_t width) {
+  for (int64_t i = 0; i < width; ++i) row[i] = mul_add((row[i] - mean) * rstd, weight[i], bias[i]);
 }
 
 }  // namespace
@@ -68,9 +61,11 @@ void layernorm(const LayernormArgs& args) {
       widen(bias, args.bias.ptr<T>(), width);
       const float count = static_cast<float>(width);
       for (int64_t r = first; r < last; ++r) {
-        const float mean = widen_and_sum(row, args.x.ptr<T>() + args.x_rows.offset(r), width) / count;
+        widen(row, args.x.ptr<T>() + args.x_rows.offset(r), width);
+        const float mean = sum(row, width) / count;
         const float rstd = 1.0f / std::sqrt(sum_of_squares(row, mean, width) / count + args.eps);
-        normalize(args.out.ptr<T>() + args.out_rows.offset(r), row, weight, bias, mean, rstd, width);
+        normalize(row, weight, bias, mean, rstd, width);
+        narrow(args.out.ptr<T>() + args.out_rows.offset(r), row, width);
       }
     });
   });
