@@ -48,8 +48,8 @@ wheel: .venv/.tools ## the wheel, in dist/
 check-wheel: wheel ## install the wheel under every Python found here and run an op
 	$(BIN)/python tools/check_wheel.py dist/*.whl
 
-clean: ## remove what was built, and .venv
-	rm -rf build dist .venv python/kestrel_kernels/lib python/kestrel_kernels/include python/kestrel_kernels/__init__.pyi
+clean: ## remove what was built, .venv and the cached weights
+	rm -rf build dist .venv .cache python/kestrel_kernels/lib python/kestrel_kernels/include python/kestrel_kernels/__init__.pyi
 
 .venv/.tools:
 	$(PYTHON) -m venv .venv

@@ -2,6 +2,7 @@
 // its arguments in order, less the stream, which is the caller's current one on the device of the first tensor.
 //   Tensor | std::optional<Tensor>   an array, None            bool, int64_t, float   as they are
 //   Value<T>                         a number or an array      std::string_view       str
+//   std::optional<T>                 T or None
 #pragma once
 
 #include <tvm/ffi/extra/c_env_api.h>
@@ -50,8 +51,20 @@ template <class T>
 struct Argument<Value<T>> {
   using From = ffi::AnyView;
   static Value<T> convert(const ffi::AnyView& any) {
-    if (auto view = any.as<ffi::TensorView>()) return Value<T>(Argument<Tensor>::convert(*view));
+    if (auto view = any.try_cast<ffi::TensorView>()) return Value<T>(Argument<Tensor>::convert(*view));
     return Value<T>(static_cast<T>(any.cast<std::conditional_t<std::is_floating_point_v<T>, double, int64_t>>()));
+  }
+};
+
+template <class T>
+struct Argument<std::optional<T>> {  // numbers and Values
+  using From = ffi::AnyView;
+  static std::optional<T> convert(const ffi::AnyView& any) {
+    if (any.type_index() == ffi::TypeIndex::kTVMFFINone) return std::nullopt;
+    if constexpr (std::is_same_v<typename Argument<T>::From, ffi::AnyView>)
+      return Argument<T>::convert(any);
+    else
+      return Argument<T>::convert(any.cast<typename Argument<T>::From>());
   }
 };
 
@@ -66,6 +79,10 @@ inline void find_device(const Tensor& t, const DLDevice** device) {
 }
 inline void find_device(const std::optional<Tensor>& t, const DLDevice** device) {
   if (t) find_device(*t, device);
+}
+template <class T>
+void find_device(const Value<T>& value, const DLDevice** device) {
+  find_device(value.tensor, device);
 }
 template <class T>
 void find_device(const T&, const DLDevice**) {}

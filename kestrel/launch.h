@@ -13,13 +13,14 @@ namespace kestrel {
 struct LaunchShape {
   int64_t blocks;
   int threads;
+  int blocks_y = 1;
   size_t shared_bytes = 0;
   int cluster = 1;
-  // Programmatic dependent launch: the kernel's blocks may be placed while its predecessor drains. It pays up to about
-  // two waves of blocks; a larger grid would sit on the predecessor's SMs (1056 blocks: 1.66 us against 1.14).
-  bool dependent = true;
 };
 
+// Always a programmatic dependent launch: the kernel's blocks may be placed while its predecessor drains, and the
+// kernel waits itself (pdl.cuh) before it touches what the predecessor wrote. Empty kernels of many waves lose by it,
+// but kernels that move data gain at any size: 2960 blocks of activation take 10.2 us with it, 10.5 without.
 template <class... Params, class... Args>
 void launch(Stream stream, const LaunchShape& shape, void (*kernel)(Params...), Args&&... args) {
   if (shape.shared_bytes > 48 * 1024)
@@ -28,16 +29,14 @@ void launch(Stream stream, const LaunchShape& shape, void (*kernel)(Params...), 
         "cudaFuncSetAttribute");
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.blocks_y));
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = attributes;
   if (compute_capability() >= 90) {
-    if (shape.dependent) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     if (shape.cluster > 1) {
       attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
       attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};

@@ -1,4 +1,5 @@
-// Storage types <-> float on the device. Round to nearest even; e4m3 saturates at +-448.
+// Storage types <-> float on the device, alone and in pairs (the first of a pair in the low half). Round to nearest
+// even; e4m3 saturates at +-448.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,12 +11,22 @@
 namespace kestrel {
 
 __device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+__device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 __device__ __forceinline__ float to_float(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
 
 template <class T>
+__device__ __forceinline__ float2 to_float2(uint32_t pair) {
+  if constexpr (dtype_of<T> == DType::kBF16) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
+  } else {
+    static_assert(dtype_of<T> == DType::kF16);
+    return __half22float2(reinterpret_cast<const __half2&>(pair));
+  }
+}
+
+template <class T>
 __device__ __forceinline__ T from_float(float x) {
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (dtype_of<T> == DType::kF32) {
     return x;
   } else if constexpr (dtype_of<T> == DType::kBF16) {
     return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
@@ -24,6 +35,31 @@ __device__ __forceinline__ T from_float(float x) {
   } else {
     return {__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3)};
   }
+}
+
+template <class T>
+__device__ __forceinline__ auto from_float2(float low, float high) {
+  if constexpr (dtype_of<T> == DType::kBF16) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else if constexpr (dtype_of<T> == DType::kF16) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    return __nv_cvt_float2_to_fp8x2({low, high}, __NV_SATFINITE, __NV_E4M3);  // 16 bits
+  }
+}
+
+// 2^x and 1/x by the special function unit: relative error below 2^-22, subnormals flushed.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 }  // namespace kestrel

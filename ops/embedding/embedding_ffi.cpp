@@ -1,0 +1,4 @@
+#include "kestrel/ffi.h"
+#include "ops/embedding/embedding.h"
+
+KESTREL_EXPORT(embedding);

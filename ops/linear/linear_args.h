@@ -1,0 +1,21 @@
+// What both devices work on, after the checks.
+#pragma once
+
+#include <kestrel/tensor.h>
+
+namespace kestrel {
+
+enum class LinearActivation { kNone, kGelu, kGeluTanh, kSilu, kGeluResidualGate, kSiluGate, kGeluGate, kGeluTanhGate };
+
+constexpr bool is_gate(LinearActivation a) { return a >= LinearActivation::kGeluResidualGate; }
+
+struct LinearArgs {
+  LinearActivation activation;
+  Tensor out, x, w;
+  std::optional<Tensor> b, residual;
+  Rows out_rows, x_rows, residual_rows;
+  int64_t columns;  // of out
+  int64_t depth;    // K
+};
+
+}  // namespace kestrel

@@ -1,0 +1,19 @@
+#include "ops/moe_sum/moe_sum.h"
+
+#include "kestrel/contract.h"
+#include "kestrel/cpu/target.h"
+
+KESTREL_CPU_TWIN(moe_sum, void(const kestrel::Tensor& out, const kestrel::Tensor& x));
+
+namespace kestrel {
+
+void moe_sum(Stream, Tensor out, Tensor x) {
+  Contract c("moe_sum");
+  Dim T("T"), K("K"), N("N");
+  c.in("x", x).dtype({DType::kBF16, DType::kF16, DType::kF32}).shape({T, K, N}).last_contiguous();
+  c.out("out", out).dtype_like(x).shape({T, N}).last_contiguous();
+  c.cpu_only();
+  if (!out.empty()) cpu::moe_sum(out, x);
+}
+
+}  // namespace kestrel

@@ -1,0 +1,26 @@
+#include "ops/rmsnorm/rmsnorm.h"
+
+#include "kestrel/contract.h"
+#include "kestrel/cpu/target.h"
+#include "ops/rmsnorm/args.h"
+
+KESTREL_CPU_TWIN(rmsnorm, void(const kestrel::RmsnormArgs& args));
+
+namespace kestrel {
+
+void rmsnorm(Stream, Tensor out, Tensor x, Tensor weight, float eps, std::optional<Tensor> residual) {
+  Contract c("rmsnorm");
+  Dim N("N");
+  RmsnormArgs args{out, x, weight, residual, {}, {}, {}, 0, eps};
+  c.in("x", x).dtype({DType::kBF16, DType::kF16, DType::kF32}).last(N).rows(&args.x_rows);
+  c.require(N <= 65536, "x", "at most 65536 wide", N.size);
+  c.in("weight", weight).dtype_like(x).shape({N}).last_contiguous();
+  c.out("out", out).like(x).rows(&args.out_rows);
+  if (residual) c.out("residual", *residual).like(x).rows(&args.residual_rows);
+  c.require(eps >= 0, "eps", "zero or more", eps);
+  c.cpu_only();
+  args.width = N;
+  if (!out.empty()) cpu::rmsnorm(args);
+}
+
+}  // namespace kestrel

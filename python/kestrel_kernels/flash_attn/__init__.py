@@ -1,0 +1,1 @@
+"""Attention. Everything stands in `kestrel_kernels.flash_attn.cute`."""

@@ -1,0 +1,60 @@
+"""Writes of keys and values into a paged cache (the layout of PagedAttention, Kwon et al. 2023, arXiv:2309.06180).
+
+Caches are `[pages, page_size, H, D]`, of any strides with a contiguous last dimension: a permuted view of
+`[pages, H, page_size, D]` storage is one. Slot s is page `s // page_size`, offset `s % page_size`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kestrel_kernels._op import Array, Op
+
+__all__ = ["reshape_and_cache_flash"]
+
+_reshape_and_cache_flash = Op(
+    "reshape_and_cache_flash",
+    "key value key_cache value_cache slot_mapping kv_cache_dtype k_scale v_scale",
+    writes="key_cache value_cache",
+)
+
+
+def _scale(op: str, name: str, scale: Any, kv_cache_dtype: str) -> Any:
+    if scale is None:
+        if kv_cache_dtype != "auto":
+            raise TypeError(f"{op}: {name} must be a number or a float32 array, got None")
+        return 1.0
+    return scale
+
+
+def reshape_and_cache_flash(
+    key: Array,
+    value: Array,
+    key_cache: Array,
+    value_cache: Array,
+    slot_mapping: Array,
+    kv_cache_dtype: str,
+    k_scale: Array | float | None,
+    v_scale: Array | float | None,
+) -> None:
+    """Writes each token's key and value into its slot of the caches; tokens with a negative slot are skipped.
+
+    Where two tokens name one slot, the later one's stay on the CPU, either one's on CUDA.
+
+    Args:
+        key, value: `[T, H, D]`, bf16 or fp16; tokens and heads of any stride.
+        key_cache, value_cache: `[pages, page_size, H, D]`; written.
+        slot_mapping: `[T]`, int64 or int32, below pages * page_size.
+        kv_cache_dtype: `"auto"`: caches have the dtype of key and take its bits as they are. `"fp8"` or `"fp8_e4m3"`:
+            caches are float8_e4m3fn (or its bits as uint8) and take e4m3(x * (1 / scale)), rounded to nearest even,
+            saturated at +-448.
+        k_scale, v_scale: the factor from stored to true values: fp32, one element or one per head `[H]`, or a number.
+            Not looked at with `"auto"`, where they may be None.
+
+    Raises:
+        TypeError: a dtype that is not taken, or an immutable cache.
+        ValueError: a shape, stride, alignment, device, mode or slot that does not fit.
+    """
+    k_scale = _scale("reshape_and_cache_flash", "k_scale", k_scale, kv_cache_dtype)
+    v_scale = _scale("reshape_and_cache_flash", "v_scale", v_scale, kv_cache_dtype)
+    _reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale)
