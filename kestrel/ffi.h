@@ -51,7 +51,7 @@ template <class T>
 struct Argument<Value<T>> {
   using From = ffi::AnyView;
   static Value<T> convert(const ffi::AnyView& any) {
-    if (auto view = any.as<ffi::TensorView>()) return Value<T>(Argument<Tensor>::convert(*view));
+    if (auto view = any.try_cast<ffi::TensorView>()) return Value<T>(Argument<Tensor>::convert(*view));
     return Value<T>(static_cast<T>(any.cast<std::conditional_t<std::is_floating_point_v<T>, double, int64_t>>()));
   }
 };
