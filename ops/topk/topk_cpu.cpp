@@ -13,7 +13,7 @@ Selection& selection() {
   return of_thread;
 }
 
-int64_t grain(int64_t width) { return 1 + 16384 / width; }
+int64_t grain(int64_t width) { return 1 + 65536 / width; }
 
 // x becomes its softmax, in place.
 void softmax(float* x, int64_t count) {
