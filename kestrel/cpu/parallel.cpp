@@ -29,8 +29,9 @@ void pause() {
 #endif
 }
 
-// Workers wait for `round` to change, take pieces by a shared counter, and count themselves out. They spin for some
-// microseconds before they sleep: a decode step makes hundreds of calls back to back.
+// Workers wait for `round_` to change and take pieces as long as there are some. The caller waits for the pieces alone:
+// a worker that the system has not scheduled is not missed. Workers spin for some microseconds before they sleep: a
+// decode step makes hundreds of calls back to back.
 class Pool {
  public:
   explicit Pool(int threads) {
@@ -43,12 +44,15 @@ class Pool {
     body_ = &body;
     count_ = count;
     piece_ = piece;
-    next_.store(0, std::memory_order_relaxed);
-    busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-    round_.fetch_add(1, std::memory_order_release);
+    pieces_ = static_cast<uint32_t>((count + piece - 1) / piece);
+    pending_.store(pieces_, std::memory_order_relaxed);
+    const uint64_t round = round_.load(std::memory_order_relaxed) + 1;
+    tickets_.store(round << 32 | pieces_, std::memory_order_release);
+    round_.store(static_cast<uint32_t>(round), std::memory_order_release);
     round_.notify_all();
     take_pieces();
-    while (busy_.load(std::memory_order_acquire) > 0) pause();
+    for (int spin = 0; pending_.load(std::memory_order_acquire) > 0; ++spin)
+      spin < kSpins ? pause() : std::this_thread::yield();  // the last piece's thread may want this core
   }
 
   std::mutex& mutex() { return mutex_; }
@@ -57,10 +61,15 @@ class Pool {
   static constexpr int kSpins = 4000;
 
   void take_pieces() {
-    for (;;) {
-      const int64_t first = next_.fetch_add(piece_, std::memory_order_relaxed);
-      if (first >= count_) return;
+    uint64_t ticket = tickets_.load(std::memory_order_acquire);
+    while (const uint32_t left = static_cast<uint32_t>(ticket)) {
+      if (!tickets_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_acquire))
+        continue;
+      // The piece is ours: its round is not over before pending_ says so, and until then its description stays.
+      const int64_t first = (pieces_ - left) * piece_;
       (*body_)(first, std::min(first + piece_, count_));
+      pending_.fetch_sub(1, std::memory_order_release);
+      ticket = tickets_.load(std::memory_order_acquire);
     }
   }
 
@@ -70,8 +79,9 @@ class Pool {
   std::mutex mutex_;
   const RangeBody* body_ = nullptr;
   int64_t count_ = 0, piece_ = 1;
-  std::atomic<int64_t> next_{0};
-  std::atomic<int> busy_{0};
+  uint32_t pieces_ = 0;
+  std::atomic<uint64_t> tickets_{0};  // the round, and in the low half how many of its pieces no thread has taken
+  std::atomic<uint32_t> pending_{0};  // pieces that are not done
   std::atomic<uint32_t> round_{0};
 };
 
@@ -82,9 +92,8 @@ void Pool::work() {
   for (uint32_t seen = 0;;) {
     for (int spin = 0; spin < kSpins && round_.load(std::memory_order_acquire) == seen; ++spin) pause();
     round_.wait(seen, std::memory_order_acquire);
-    ++seen;
+    seen = round_.load(std::memory_order_acquire);
     take_pieces();
-    busy_.fetch_sub(1, std::memory_order_release);
   }
 }
 

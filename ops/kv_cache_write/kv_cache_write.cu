@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) kv_cache_write_kernel(const KernelAr
   args.vectors_per_token(vector, &token, &rest);
   args.vectors_per_head(rest, &head, &column);
   if (vector >= args.vectors) token = head = column = 0;
-  const float reciprocal = 1.0f / side.scale.at(head);
+  const float scale = side.scale.at(head);  // asked for here, waited for below
   wait_for_predecessor();
   release_successor();
   if (vector >= args.vectors) return;
@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kThreads) kv_cache_write_kernel(const KernelAr
   if constexpr (std::is_same_v<T, Cache>) {
     store(out, parts[0]);
   } else {
+    const float reciprocal = 1.0f / scale;
     float f[kVec];
 #pragma unroll
     for (int p = 0; p < kVec / kPart; ++p) {

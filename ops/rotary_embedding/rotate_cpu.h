@@ -1,5 +1,5 @@
 // The rotation of one head in place, for all CPU twins that rotate. Products and sums are rounded separately: the same
-// bits at every instruction set level.
+// bits at every instruction set level. Not inlined: all of them run this very code, so that NaN payloads agree too.
 #pragma once
 
 #include "kestrel/cpu/convert.h"
@@ -7,8 +7,8 @@
 namespace KESTREL_CPU {
 
 template <class T>
-void rotate_halves(T* __restrict first, T* __restrict second, const float* __restrict cosines,
-                   const float* __restrict sines, int64_t pairs) {
+[[gnu::noinline]] void rotate_halves(T* __restrict first, T* __restrict second, const float* __restrict cosines,
+                                     const float* __restrict sines, int64_t pairs) {
   for (int64_t i = 0; i < pairs; ++i) {
     const float a = to_float(first[i]), b = to_float(second[i]);
     first[i] = from_float<T>(a * cosines[i] - b * sines[i]);
@@ -17,7 +17,8 @@ void rotate_halves(T* __restrict first, T* __restrict second, const float* __res
 }
 
 template <class T>
-void rotate_neighbours(T* __restrict x, const float* __restrict cosines, const float* __restrict sines, int64_t pairs) {
+[[gnu::noinline]] void rotate_neighbours(T* __restrict x, const float* __restrict cosines,
+                                         const float* __restrict sines, int64_t pairs) {
   for (int64_t i = 0; i < pairs; ++i) {
     const float a = to_float(x[2 * i]), b = to_float(x[2 * i + 1]);
     x[2 * i] = from_float<T>(a * cosines[i] - b * sines[i]);

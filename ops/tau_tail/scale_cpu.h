@@ -23,8 +23,9 @@ void tau_factors(float* factors, const T* tok, const Tensor& tau_pos_table, int6
     tau_factors(factors, tok, tau_pos_table.ptr<T>() + offset, heads);
 }
 
+// Not inlined, as in rotate_cpu.h: one code for all ops, so that NaN payloads agree too.
 template <class T>
-void scale_head(T* x, float factor, int64_t size) {
+[[gnu::noinline]] void scale_head(T* x, float factor, int64_t size) {
   for (int64_t i = 0; i < size; ++i) x[i] = from_float<T>(to_float(x[i]) * factor);
 }
 

@@ -10,12 +10,18 @@ from typing import Any
 
 from kestrel_kernels._op import Array, Op
 
-__all__ = ["reshape_and_cache_flash"]
+__all__ = ["reshape_and_cache_flash", "rope_and_cache"]
 
 _reshape_and_cache_flash = Op(
     "reshape_and_cache_flash",
     "key value key_cache value_cache slot_mapping kv_cache_dtype k_scale v_scale",
     writes="key_cache value_cache",
+)
+_rope_and_cache = Op(
+    "rope_and_cache",
+    "positions q k v cos_sin_cache k_cache v_cache slot_mapping kv_cache_dtype k_scale v_scale interleaved tok_qv_lin "
+    "tau_pos_table",
+    writes="q k_cache v_cache",
 )
 
 
@@ -58,3 +64,45 @@ def reshape_and_cache_flash(
     k_scale = _scale("reshape_and_cache_flash", "k_scale", k_scale, kv_cache_dtype)
     v_scale = _scale("reshape_and_cache_flash", "v_scale", v_scale, kv_cache_dtype)
     _reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale)
+
+
+def rope_and_cache(
+    positions: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    cos_sin_cache: Array,
+    k_cache: Array,
+    v_cache: Array,
+    slot_mapping: Array,
+    kv_cache_dtype: str,
+    k_scale: Array | float | None,
+    v_scale: Array | float | None,
+    interleaved: bool = False,
+    tok_qv_lin: Array | None = None,
+    tau_pos_table: Array | None = None,
+) -> None:
+    """`tau_tail_apply_into` (where tau is given), `rotary_embedding` and `reshape_and_cache_flash` in one.
+
+    The same bits as those three in that order, intermediate roundings included, but k and v are not changed.
+
+    Args:
+        positions: `[T]` or `[B, S]`, int64 or int32, rows of cos_sin_cache and of tau_pos_table.
+        q: `[T, Hq, D]` or `[B, S, Hq, D]`, bf16 or fp16, of any strides with a contiguous last dimension; changed.
+        k, v: as q, with Hk heads.
+        cos_sin_cache, interleaved: as `rotary_embedding`.
+        k_cache, v_cache: `[pages, page_size, Hk, D]`; written.
+        slot_mapping, kv_cache_dtype, k_scale, v_scale: as `reshape_and_cache_flash`, slot_mapping `[T]` with T = B * S.
+        tok_qv_lin: `[T, 2*H]` or `[B, S, 2*H]`, dtype of q; needs Hq = Hk = H.
+        tau_pos_table: `[P, H]`, dtype of q, or fp32. Both of these or neither.
+
+    Raises:
+        TypeError: a dtype that is not taken, or an immutable q or cache.
+        ValueError: a shape, stride, alignment, device, mode, position or slot that does not fit.
+    """
+    k_scale = _scale("rope_and_cache", "k_scale", k_scale, kv_cache_dtype)
+    v_scale = _scale("rope_and_cache", "v_scale", v_scale, kv_cache_dtype)
+    _rope_and_cache(
+        positions, q, k, v, cos_sin_cache, k_cache, v_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale,
+        interleaved, tok_qv_lin, tau_pos_table,
+    )  # fmt: skip

@@ -17,7 +17,7 @@ cold: many calls in one CUDA graph over rotating arguments that no cache holds; 
 floor: the larger of 0.5 us, bytes / memory bandwidth and, for products, operations / the peak measured at start.
 Exit status: 0, 1 where a result is wrong or a call fails, 2 where the command cannot run.
 """
-_LARGE = 20e9  # operations: what a CPU is spared unless asked for
+_LARGE_OPERATIONS, _LARGE_BYTES = 20e9, 250e6  # what a CPU is spared unless asked for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="auto",
         help="eager: torch; all: torch.compile and the libraries found too; auto: all on CUDA, eager on a CPU",
     )
-    parser.add_argument("--large", action="store_true", help="on a CPU, run the cases of more than 20 GFLOP too")
+    parser.add_argument(
+        "--large", action="store_true", help="on a CPU, run the cases of more than 20 GFLOP or 250 MB too"
+    )
     parser.add_argument("--commit", metavar="TEXT", help="what the rows say was measured (default: asks git)")
     parser.add_argument("--list", action="store_true", help="list ops and cases, and end")
     args = parser.parse_args(argv)
@@ -103,8 +105,8 @@ def _run(args: argparse.Namespace, cases: Sequence[Case]) -> int:
         try:
             for case in cases:
                 progress.update(task, description=f"{case.op} {case.name}")
-                if not on_cuda and not args.large and _operations(case) > _LARGE:
-                    outcomes.append(Outcome(case, missing="more than 20 GFLOP, --large runs them"))
+                if not on_cuda and not args.large and _large(case):
+                    outcomes.append(Outcome(case, missing="large for a CPU, --large runs them"))
                 else:
                     outcomes.append(measure(case, clock, peers, commit))
                     save()
@@ -117,6 +119,8 @@ def _run(args: argparse.Namespace, cases: Sequence[Case]) -> int:
     return 130 if interrupted else int(any(o.failure for o in outcomes))
 
 
-def _operations(case: Case) -> int:
-    entry = entries().get(case.op)
-    return entry(case.name).operations if entry else 0
+def _large(case: Case) -> bool:
+    if case.op not in entries():
+        return False
+    entry = entries()[case.op](case.name)
+    return entry.operations > _LARGE_OPERATIONS or entry.bytes > _LARGE_BYTES

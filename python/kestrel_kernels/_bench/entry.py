@@ -70,8 +70,8 @@ class Entry:
 
     op: ClassVar[str] = ""
     pattern: ClassVar[str] = ""  # of the case's name; a named group per size
-    function: ClassVar[str] = ""  # below kestrel_kernels, "activation.gelu_residual_cuda"
-    arguments: ClassVar[str] = ""  # what it takes, by the names of the set, in order
+    function: str = ""  # below kestrel_kernels, "activation.gelu_residual_cuda"
+    arguments: str = ""  # what it takes, by the names of the set, in order; "out=" is passed by keyword
     outputs: ClassVar[str] = "out"  # filled with NaN before the check
     tolerance: ClassVar[float] = 3e-3  # of rel_err; rounding to bf16 alone gives 1.7e-3 over many elements
     products: ClassVar[str] = ""  # "bf16" or "fp8" where matrix units do the work: the floor then counts operations
@@ -116,6 +116,10 @@ class Entry:
         """From other libraries, those that can be imported."""
         return {}
 
+    def peer_results(self, returned: Any) -> Sequence[torch.Tensor]:
+        """The same of what `eager` or a peer gave back."""
+        return returned if isinstance(returned, tuple | list) else [returned]
+
     def steady(self, s: Set) -> None:
         """Changes a checked set so that calls which work in place can repeat for ever without overflow."""
 
@@ -139,7 +143,9 @@ class Entry:
             return False
 
     def bound(self, s: Set) -> Callable[[], Any]:
-        return functools.partial(self._call, *(s[name] for name in self.arguments.split()))
+        names = self.arguments.split()
+        keywords = {name[:-1]: s[name[:-1]] for name in names if name.endswith("=")}
+        return functools.partial(self._call, *(s[name] for name in names if not name.endswith("=")), **keywords)
 
     def poison(self, s: Set) -> None:
         for name in self.outputs.split():
@@ -156,9 +162,7 @@ class Entry:
         """The same of a peer that gives its results back; 0 where it returns none to look at."""
         want = [r.double() for r in self.reference(s)]
         returned = peer(s)
-        if returned is None:
-            return 0.0
-        return frobenius(returned if isinstance(returned, tuple | list) else [returned], want)
+        return 0.0 if returned is None else frobenius(self.peer_results(returned), want)
 
 
 def frobenius(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float:
