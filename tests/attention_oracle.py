@@ -47,7 +47,7 @@ def attend(
         top = np.max(scores, axis=1, where=counts, initial=-np.inf, keepdims=True)
         weights = np.exp(scores - top, where=counts, out=np.zeros_like(scores))
         total = weights.sum(axis=1, keepdims=True)
-        any_counts = counts.any(axis=1)
+        any_counts = np.asarray(counts.any(axis=1))
         lse[h, any_counts] = (top + np.log(total, where=total != 0, out=np.zeros_like(total)))[any_counts, 0]
         weights /= np.where(any_counts[:, None], total, 1)
         for i in range(len_q):
