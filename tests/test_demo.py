@@ -89,8 +89,9 @@ class Reference:
 
         x = w["token_embd.weight"][ids]
         for i in range(c.layers):
-            layer = {name: w[f"blk.{i}.{name}.weight"] for name in
-                     ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")}  # fmt: skip
+            names = [f"attn_{name}" for name in ("norm", "q", "k", "v", "output")]
+            names += [f"ffn_{name}" for name in ("norm", "gate", "up", "down")]
+            layer = {name: w[f"blk.{i}.{name}.weight"] for name in names}
             h = norm(x, layer["attn_norm"])
             q, k = heads(h @ layer["attn_q"].T, True), heads(h @ layer["attn_k"].T, True)
             v = heads(h @ layer["attn_v"].T, False)
@@ -197,7 +198,8 @@ def test_damaged_cache_is_made_anew(loaded: gguf_model.GGUFModel, tmp_path: Path
 
 
 def test_chat_tokens(tokenizer: Tokenizer) -> None:
-    system = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2, 198]  # fmt: skip
+    system = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182]
+    system += [2, 198]
     turn = [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 19842, 281, 582, 6330, 30, 2, 198]
     assert tokenizer.chat(command.PROMPT) == [*system, *turn, 1, 520, 9531, 198]
 

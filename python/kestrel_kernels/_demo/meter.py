@@ -110,7 +110,8 @@ def measure_roof(seconds: float = 0.2) -> Roof:
 
 
 def _best(run: Callable[[], object], seconds: float) -> float:
-    times, end = [], perf_counter() + seconds
+    times: list[float] = []
+    end = perf_counter() + seconds
     while len(times) < 5 or perf_counter() < end:
         start = perf_counter()
         run()
