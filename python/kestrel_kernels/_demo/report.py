@@ -49,8 +49,8 @@ class Run:
     @property
     def machine(self) -> str:
         return (
-            f"{self.cpu}, {self.roof.threads} cores; roof: copy {self.roof.bandwidth / 1e9:.1f} GB/s, "
-            f"float32 product {self.roof.peak / 1e12:.3f} TFLOP/s"
+            f"{self.cpu}, {self.roof.cores} cores; roof: copy {self.roof.bandwidth / 1e9:.1f} GB/s, "
+            f"matrix product {self.roof.peak / 1e12:.3f} TFLOP/s"
         )
 
     def sections(self) -> list[tuple[str, float, list[Row], float]]:
@@ -191,7 +191,7 @@ def _plot(run: Run) -> str:
     )
     axes.annotate(f"copy: {roof.bandwidth / 1e9:.1f} GB/s", (left * 1.3, left * 1.3 * roof.bandwidth / 1e9),
                   xytext=(0, 8), textcoords="offset points", color="#5b6675")  # fmt: skip
-    axes.annotate(f"product: {roof.peak / 1e12:.3f} TFLOP/s", (right, roof.peak / 1e9), xytext=(-4, 5), ha="right",
+    axes.annotate(f"matrix product: {roof.peak / 1e12:.3f} TFLOP/s", (right, roof.peak / 1e9), xytext=(-4, 5), ha="right",
                   textcoords="offset points", color="#5b6675")  # fmt: skip
     colours = {"prefill": "#c2571a", "decode": "#1f6fb2"}
     longest = max((row.seconds for row in rows), default=1.0)
