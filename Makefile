@@ -1,11 +1,11 @@
 # The package is built from this tree into .venv; a stamp in there says of which sources. `make help` lists the targets.
 PYTHON ?= python3
-PROMPT ?= What is the capital of France? Answer in one sentence.
+export PROMPT ?= What is the capital of France? Answer in one sentence.
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "scikit-build-core>=1.0" "apache-tvm-ffi>=0.1.15,<0.2" "cmake>=3.25" ninja
 
-SOURCES := CMakeLists.txt pyproject.toml README.md $(shell find kestrel ops cmake; find python \
+SOURCES := CMakeLists.txt pyproject.toml README.md benchmarks/cases.json tools/stubs.py $(shell find kestrel ops cmake; find python \
   \( -name lib -o -name include -o -name __pycache__ -o -name '*.pyi' \) -prune -o -type f -print)
 CXX_FILES = $(shell find kestrel ops tests/consumer -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -23,7 +23,7 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: .venv/.$(DEMO_BUILD) .venv/.model ## ask a language model something: make demo PROMPT="..."
-	@$(BIN)/kestrel-kernels demo --prompt "$(PROMPT)" $(ARGS)
+	@$(BIN)/kestrel-kernels demo --prompt "$$PROMPT" $(ARGS)
 
 test: .venv/.dev check ## build all that can be built here, lint, type check, test (what CI runs)
 	$(BIN)/python -m pytest $(ARGS)
@@ -38,6 +38,7 @@ format: .venv/.dev ## format the C++ and the Python code
 	$(BIN)/clang-format -i $(CXX_FILES)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python tools/readme_ops.py
 
 bench: .venv/.bench ## time the ops: make bench ARGS="layernorm --json out.json"
 	$(BIN)/kestrel-kernels bench $(ARGS)

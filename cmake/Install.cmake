@@ -22,6 +22,7 @@ endforeach()
 install(FILES kestrel/tensor.h kestrel/dtype.h kestrel/error.h kestrel/info.h DESTINATION ${include_dir}/kestrel COMPONENT python)
 install(FILES "${DLPACK_INCLUDE_DIR}/dlpack/dlpack.h" DESTINATION ${include_dir}/dlpack COMPONENT python)
 
+install(FILES benchmarks/cases.json DESTINATION ${package}/benchmarks COMPONENT python)
 install(EXPORT KestrelKernels NAMESPACE Kestrel:: DESTINATION ${cmake_dir} COMPONENT python FILE KestrelKernelsTargets.cmake)
 configure_package_config_file(cmake/KestrelKernelsConfig.cmake.in KestrelKernelsConfig.cmake INSTALL_DESTINATION ${cmake_dir})
 write_basic_package_version_file(KestrelKernelsConfigVersion.cmake COMPATIBILITY SameMinorVersion)

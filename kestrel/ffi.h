@@ -97,6 +97,16 @@ inline const char* python_name(ErrorKind kind) {
   return "RuntimeError";
 }
 
+// Calls f; an Error of the library becomes the Python exception it names.
+template <class F>
+decltype(auto) raising(F&& f) {
+  try {
+    return f();
+  } catch (const Error& error) {
+    throw ffi::Error(python_name(error.kind), error.what(), "");
+  }
+}
+
 template <class... Args>
 auto bind(void (*op)(Stream, Args...)) {
   return [op](typename Argument<Args>::From... from) {
@@ -105,11 +115,7 @@ auto bind(void (*op)(Stream, Args...)) {
     std::apply([&](const auto&... arg) { (find_device(arg, &device), ...); }, args);
     Stream stream;
     if (device) stream = Stream(TVMFFIEnvGetStream(device->device_type, device->device_id));
-    try {
-      std::apply([&](auto&... arg) { op(stream, arg...); }, args);
-    } catch (const Error& error) {
-      throw ffi::Error(python_name(error.kind), error.what(), "");
-    }
+    raising([&] { std::apply([&](auto&... arg) { op(stream, arg...); }, args); });
   };
 }
 

@@ -31,7 +31,7 @@ BadIndex first_bad(const Tensor& t, const Index* values, int64_t low, int64_t hi
   return {};
 }
 
-BadIndex first_bad(const Tensor& t, const void* values, int64_t low, int64_t high, bool skip_negative) {
+BadIndex first_bad_of_dtype(const Tensor& t, const void* values, int64_t low, int64_t high, bool skip_negative) {
   return t.dtype == DType::kI64 ? first_bad(t, static_cast<const int64_t*>(values), low, high, skip_negative)
                                 : first_bad(t, static_cast<const int32_t*>(values), low, high, skip_negative);
 }
@@ -45,7 +45,7 @@ bool checks_device_indices() {
 
 BadIndex find_bad_index(Stream stream, const Tensor& t, int64_t low, int64_t high, bool skip_negative) {
   if (t.empty()) return {};
-  if (t.on_cpu()) return first_bad(t, t.data, low, high, skip_negative);
+  if (t.on_cpu()) return first_bad_of_dtype(t, t.data, low, high, skip_negative);
 #ifdef KESTREL_CUDA
   if (checks_device_indices() && !is_capturing(stream)) {
     int64_t first = 0, last = 0;  // offsets of the outermost elements: strides may be negative
@@ -53,7 +53,7 @@ BadIndex find_bad_index(Stream stream, const Tensor& t, int64_t low, int64_t hig
     const int64_t width = size_of(t.dtype);
     std::vector<char> host(static_cast<size_t>((last - first + 1) * width));
     copy_to_host(stream, t.device, host.data(), t.ptr<char>() + first * width, host.size());
-    return first_bad(t, host.data() - first * width, low, high, skip_negative);
+    return first_bad_of_dtype(t, host.data() - first * width, low, high, skip_negative);
   }
 #else
   (void)stream;

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 #include "kestrel/cuda.h"
@@ -13,37 +14,48 @@ namespace kestrel {
 struct LaunchShape {
   int64_t blocks;
   int threads;
+  int blocks_y = 1;
   size_t shared_bytes = 0;
   int cluster = 1;
-  // Programmatic dependent launch: the kernel's blocks may be placed while its predecessor drains. It pays up to about
-  // two waves of blocks; a larger grid would sit on the predecessor's SMs (1056 blocks: 1.66 us against 1.14).
-  bool dependent = true;
 };
 
-template <class... Params, class... Args>
-void launch(Stream stream, const LaunchShape& shape, void (*kernel)(Params...), Args&&... args) {
+using LaunchConfig = cudaLaunchConfig_t;
+
+// Launches a kernel by its driver handle: 0.3 us less of the caller's time than by its symbol. Where the driver
+// declines (a thread without a context), the runtime launches, which makes the context or says what is wrong.
+void launch_function(const void* symbol, cudaFunction_t function, const LaunchConfig& config, void** params);
+// The handle on the current device, looked up once.
+cudaFunction_t function_of(const void* symbol, std::atomic<cudaFunction_t>* cache);
+
+// launch<kernel>(stream, {blocks, threads}, args): always a programmatic dependent launch. The kernel's blocks may be
+// placed while its predecessor drains, and the kernel waits itself (pdl.cuh) before it touches what the predecessor
+// wrote. Empty kernels of many waves lose by it, but kernels that move data gain at any size: 2960 blocks of activation
+// take 10.2 us with it, 10.5 without.
+template <auto kKernel, class Args>
+void launch(Stream stream, const LaunchShape& shape, const Args& args) {
+  static std::atomic<cudaFunction_t> functions[kMaxDevices];
+  const auto symbol = reinterpret_cast<const void*>(kKernel);
   if (shape.shared_bytes > 48 * 1024)
     cuda_check(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)),
+        cudaFuncSetAttribute(symbol, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)),
         "cudaFuncSetAttribute");
   cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  LaunchConfig config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.blocks_y));
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = attributes;
   if (compute_capability() >= 90) {
-    if (shape.dependent) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     if (shape.cluster > 1) {
       attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
       attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
     }
   }
-  cuda_check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), "cudaLaunchKernelEx");
+  void* params[] = {const_cast<Args*>(&args)};
+  launch_function(symbol, function_of(symbol, functions), config, params);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

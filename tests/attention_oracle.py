@@ -26,7 +26,7 @@ def attend(
     key = np.arange(len_k)[None, :]
     seen = np.ones((len_q, len_k), bool)
     if causal or prefix_len is not None:
-        seen = key <= position
+        seen &= key <= position
     if prefix_len is not None:
         seen |= (key < prefix_len) & (position < prefix_len)
     left, right = (None if w == -1 else w for w in window_size)
@@ -35,18 +35,22 @@ def attend(
     if right is not None:
         seen &= key <= position + right
 
-    out, lse = np.zeros(q.shape), np.full((heads, len_q), -np.inf)
+    out, lse = np.zeros(q.shape), np.zeros((heads, len_q))
     for h in range(heads):
         group = h // (heads // k_heads)
+        scores = q[:, h] @ k[:, group].T * scale * k_scale
+        if softcap:
+            scores = softcap * np.tanh(scores / softcap)
+        if learnable_sink is not None:
+            scores = np.hstack([scores, np.full((len_q, 1), learnable_sink[h])])
+        counts = np.hstack([seen, np.ones((len_q, scores.shape[1] - len_k), bool)])
+        top = np.max(scores, axis=1, where=counts, initial=-np.inf, keepdims=True)
+        top[np.isneginf(top)] = 0
+        weights = np.exp(scores - top, where=counts, out=np.zeros_like(scores))
+        total = weights.sum(axis=1)
+        with np.errstate(divide="ignore"):
+            lse[h] = top[:, 0] + np.log(total)
+        weights /= np.where(total == 0, 1, total)[:, None]
         for i in range(len_q):
-            see = seen[i]
-            scores = k[see, group] @ q[i, h] * scale * k_scale
-            if softcap:
-                scores = softcap * np.tanh(scores / softcap)
-            everything = scores if learnable_sink is None else np.append(scores, learnable_sink[h])
-            if everything.size:
-                top = everything.max()
-                total = np.exp(everything - top).sum()
-                lse[h, i] = top + np.log(total)
-                out[i, h] = np.exp(scores - top) / total @ v[see, group] * v_scale
+            out[i, h] = weights[i, :len_k][seen[i]] @ v[seen[i], group] * v_scale
     return out, lse

@@ -40,7 +40,7 @@ class Backend:
         if self.framework == "cupy":
             import cupy
 
-            return cupy.asarray(host)
+            return cupy.asarray(host.view(np.uint8) if dtype == "float8_e4m3fn" else host)  # CuPy has no e4m3
         if self.framework == "jax":
             import jax
 
@@ -55,6 +55,8 @@ class Backend:
     def numpy(self, array: Any) -> np.ndarray:
         """The values, as float64 (integers: as they are)."""
         host = self.bits(array)
+        if self.framework == "cupy" and host.dtype == np.uint8:
+            host = host.view(numpy_dtype("float8_e4m3fn"))
         return host if host.dtype.kind in "iub" else host.astype(np.float64)
 
     def bits(self, array: Any) -> np.ndarray:

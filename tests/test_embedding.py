@@ -55,9 +55,9 @@ def test_large_rows(backend: Backend) -> None:
     """Enough bytes for every thread; broadcast ids."""
     require_kernel(backend)
     table = backend.array(random((50, 4096)), "float32")
-    ids = np.broadcast_to(np.array([49, 0, 7], np.int32), (40, 3))
+    ids = np.broadcast_to(np.array([49, 0, 7], np.int32), (80, 3))
     given_ids = backend.array([[49, 0, 7]], "int32")
-    given_ids = given_ids.expand(40, 3) if backend.framework == "torch" else np.broadcast_to(given_ids, (40, 3))
+    given_ids = given_ids.expand(80, 3) if backend.framework == "torch" else np.broadcast_to(given_ids, (80, 3))
     assert same_bits(backend.bits(embedding(table, given_ids)), backend.bits(table)[ids])
 
 

@@ -15,7 +15,7 @@ E4M3 = numpy_dtype("float8_e4m3fn")
 
 
 def quantized(x: np.ndarray, scale: Any) -> np.ndarray:
-    """e4m3(x * r), r = 1 / scale rounded to fp32; x [..., H, D], scale a number or [H]."""
+    """e4m3(x * r), r = 1 / scale rounded to fp32; x [..., H, D], scale a number or a NumPy array [H]."""
     with np.errstate(all="ignore"):
         r = np.float32(1) / np.asarray(scale, np.float32).reshape(-1, 1)
         return np.clip(x.astype(np.float32) * r, -448, 448).astype(E4M3)
@@ -60,11 +60,12 @@ def test_values(
     cache_dtype = dtype if mode == "auto" else "float8_e4m3fn"
     key, value = (backend.array(random((tokens, heads, size), s, 20.0), dtype) for s in (1, 2))
     caches = [backend.poisoned((pages, page_size, heads, size), cache_dtype) for _ in range(2)]
-    before = [backend.bits(c) for c in caches]
+    before = [Backend("numpy").poisoned(c.shape, cache_dtype) for c in caches]
     slots = slots_of(tokens, pages, page_size)
-    scales = (None, None) if mode == "auto" else (0.3, backend.array(0.5 + np.arange(heads), "float32"))
+    per_head = 0.5 + np.arange(heads)
+    scales = (None, None) if mode == "auto" else (0.3, backend.array(per_head, "float32"))
     reshape_and_cache_flash(key, value, caches[0], caches[1], backend.array(slots, "int64"), mode, *scales)
-    for x, cache, start, scale in zip((key, value), caches, before, scales, strict=True):
+    for x, cache, start, scale in zip((key, value), caches, before, (0.3, per_head), strict=True):
         rows = backend.bits(x) if mode == "auto" else quantized(backend.numpy(x), scale)
         assert_same(backend, cache, expected(start, rows, slots))
 
@@ -92,7 +93,7 @@ def test_odd_shapes(
     slots = slots_of(tokens, pages, page_size, seed)
     reshape_and_cache_flash(key, value, caches[0], caches[1], backend.array(slots, index), mode, 0.25, 2)
     for x, store, scale in zip((key, value), stores, (0.25, 2), strict=True):
-        want = backend.bits(backend.poisoned((*shape, offset + size + gap), cache_dtype))
+        want = Backend("numpy").poisoned((*shape, offset + size + gap), cache_dtype)
         view = (want.swapaxes(1, 2) if head_major else want)[inside]
         view[:] = expected(view, backend.bits(x) if mode == "auto" else quantized(backend.numpy(x), scale), slots)
         assert_same(backend, store, want)
@@ -150,7 +151,9 @@ def test_slot_named_twice(backend: Backend) -> None:
     rows = backend.bits(key)
     for slot, row in enumerate(backend.bits(caches[0])[:, 0]):
         for head in range(8):
-            assert (rows[slots == slot, head] == row[head]).all(-1).any()
+            writers = rows[slots == slot, head] == row[head]
+            # On a GPU tokens may win a vector each.
+            assert writers.all(-1).any() if backend.device == "cpu" else writers.any(0).all()
 
 
 @pytest.mark.skipif(not HAS_JAX, reason="JAX is not installed")
@@ -169,7 +172,8 @@ def test_jax() -> None:
 BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "key must be bfloat16 or float16, got float32", {"key": ("float32", (4, 2, 8))}),
     (TypeError, "value must be bfloat16, got float16", {"value": ("float16", (4, 2, 8))}),
-    (TypeError, "key_cache must be bfloat16, got float8_e4m3fn", {"key_cache": ("float8_e4m3fn", (3, 2, 2, 8))}),
+    (TypeError, "key_cache must be bfloat16, got (float8_e4m3fn|uint8)",
+     {"key_cache": ("float8_e4m3fn", (3, 2, 2, 8))}),
     (TypeError, "value_cache must be bfloat16, got float16", {"value_cache": ("float16", (3, 2, 2, 8))}),
     (TypeError, "key_cache must be float8_e4m3fn or uint8, got bfloat16", {"kv_cache_dtype": "fp8"}),
     (TypeError, "slot_mapping must be int64 or int32, got float32", {"slot_mapping": ("float32", (4,))}),

@@ -62,7 +62,7 @@ inline f16 from_float<f16>(float x) {
   return {static_cast<uint16_t>(sign | (magnitude >= 0x477ff000 ? special : finite))};
 }
 
-// Saturates at +-448; NaN stays NaN.
+// Saturates at +-448. NaN becomes 0x7f, without its sign, as the GPU's own conversion has it.
 template <>
 inline e4m3 from_float<e4m3>(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -72,8 +72,8 @@ inline e4m3 from_float<e4m3>(float x) {
   const uint32_t small = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0x1p14f) - 0x46800000;
   const uint32_t normal = (magnitude - 0x3c000000 + 0x7ffff + (magnitude >> 20 & 1)) >> 20;
   const uint32_t finite = magnitude < 0x3c800000 ? small : normal;
-  const uint32_t special = magnitude > 0x7f800000 ? 0x7f : 0x7e;
-  return {static_cast<uint8_t>(sign | (magnitude >= 0x43e00000 ? special : finite))};
+  const uint32_t number = sign | (magnitude >= 0x43e00000 ? 0x7e : finite);
+  return {static_cast<uint8_t>(magnitude > 0x7f800000 ? 0x7f : number)};
 }
 
 }  // namespace KESTREL_CPU

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include <kestrel/tensor.h>
+
 #include "kestrel/hopper/numeric.cuh"
 
 namespace kestrel {
@@ -58,12 +60,19 @@ __device__ __forceinline__ Vec<T, kSize> from_floats(const float (&in)[kSize]) {
     } else if constexpr (sizeof(T) == 2) {
       v.words[w] = from_float2<T>(in[2 * w], in[2 * w + 1]);
     } else {
-      v.words[w] = from_float2<T>(in[4 * w], in[4 * w + 1]) | uint32_t{from_float2<T>(in[4 * w + 2], in[4 * w + 3])} << 16;
+      v.words[w] = from_float2<T>(in[4 * w], in[4 * w + 1]) | uint32_t{from_float2<T>(in[4 * w + 2], in[4 * w + 3])}
+                                                                  << 16;
     }
   }
   return v;
 }
 
 inline bool aligned_to(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// Does every row begin at a multiple of the vector's size?
+template <class T, int kSize>
+bool vectors_fit(const Tensor& t, const Rows& rows) {
+  return aligned_to(t.data, kSize * sizeof(T)) && rows.inner_stride % kSize == 0 && rows.outer_stride % kSize == 0;
+}
 
 }  // namespace kestrel

@@ -31,21 +31,24 @@ void check_scale(Contract& c, const char* name, const Value<float>& scale) {
   c.require(scale.tensor->numel() == 1, name, "one number", scale.tensor->numel());
 }
 
-// cu_seqlens: from 0 or above, never falling, not past the rows there are.
-void check_offsets(Contract& c, const char* name, const int32_t* offsets, int64_t batch, int64_t total,
-                   std::optional<int64_t> bound) {
+void check_bound(Contract& c, const char* name, std::optional<int64_t> bound, int64_t length) {
+  if (bound && length > *bound)
+    c.fail(ErrorKind::kValueError, name, "be at least the longest sequence",
+           std::to_string(*bound) + " for a length of " + std::to_string(length));
+}
+
+// Offsets that start anywhere and never fall. Rows before the first and after the last belong to no sequence.
+void check_offsets(Contract& c, const char* name, const int32_t* offsets, int64_t batch, int64_t total) {
   for (int64_t b = 0; b <= batch; ++b) {
     c.require(offsets[b] >= (b ? offsets[b - 1] : 0), name, "offsets that start at 0 or above and never fall",
               int64_t{offsets[b]});
     c.require(offsets[b] <= total, name, "offsets into the rows there are", int64_t{offsets[b]});
-    if (b && bound)
-      c.require(offsets[b] - offsets[b - 1] <= *bound, name, "lengths within max_seqlen",
-                int64_t{offsets[b]} - offsets[b - 1]);
   }
 }
 
-// The keys and pages of each sequence. What no query sees is not looked at: windows leave old pages behind.
-void check_keys(Contract& c, const AttentionProblem& p, int64_t pages, std::optional<int64_t> bound) {
+// The lengths and pages of each sequence. Pages that no query sees are not looked at: a window leaves old ones behind.
+void check_sequences(Contract& c, const AttentionProblem& p, int64_t pages, std::optional<int64_t> max_seqlen_q,
+                     std::optional<int64_t> max_seqlen_k) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = sequence_of(p, b);
     const int64_t room = p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b] : p.k_len;
@@ -54,8 +57,8 @@ void check_keys(Contract& c, const AttentionProblem& p, int64_t pages, std::opti
       c.require(s.k_len <= room, "seqused_k", p.page_table ? "within the room of its page table" : "within the keys",
                 s.k_len);
     }
-    if (bound)
-      c.require(s.k_len <= *bound, p.seqused_k ? "seqused_k" : "max_seqlen_k", "no bound below a length", s.k_len);
+    check_bound(c, "max_seqlen_q", max_seqlen_q, s.q_len);
+    check_bound(c, "max_seqlen_k", max_seqlen_k, s.k_len);
     if (!p.page_table || s.q_len == 0) continue;
     const int64_t first = visible_keys(p, s, 0).first, last = visible_keys(p, s, s.q_len - 1).last;
     if (first >= last) continue;
@@ -160,12 +163,10 @@ void attention(Stream stream, Tensor out, std::optional<Tensor> lse, Tensor q, T
   p.softcap = o.softcap;
 
   c.cpu_only();
-  if (p.cu_seqlens_q) check_offsets(c, "cu_seqlens_q", p.cu_seqlens_q, B, total_q, o.max_seqlen_q);
-  if (p.cu_seqlens_k) check_offsets(c, "cu_seqlens_k", p.cu_seqlens_k, B, total_k, {});
-  if (!p.cu_seqlens_q && o.max_seqlen_q)
-    c.require(Sq <= *o.max_seqlen_q, "max_seqlen_q", "no bound below a length", Sq.size);
+  if (p.cu_seqlens_q) check_offsets(c, "cu_seqlens_q", p.cu_seqlens_q, B, total_q);
+  if (p.cu_seqlens_k) check_offsets(c, "cu_seqlens_k", p.cu_seqlens_k, B, total_k);
   if (prefix.tensor) c.indices(stream, "prefix_len", *prefix.tensor, 0, kInt32End, false);
-  check_keys(c, p, pages, o.max_seqlen_k);
+  check_sequences(c, p, pages, o.max_seqlen_q, o.max_seqlen_k);
   last_kernel = "cpu";
   if (out.empty()) return;
   cpu::attention(p);

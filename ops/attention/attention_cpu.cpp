@@ -62,7 +62,7 @@ float softmax_block(float* __restrict scores, int first, int last, float scale, 
   }
 #pragma omp simd reduction(max : top)
   for (int j = 0; j < kKeys; ++j) {
-    const float score = (j >= first) & (j < last) ? scores[j] * scale : -kInfinity;
+    const float score = ((j >= first) & (j < last)) ? scores[j] * scale : -kInfinity;
     scores[j] = score;
     top = score > top ? score : top;
   }
@@ -73,7 +73,7 @@ float softmax_block(float* __restrict scores, int first, int last, float scale, 
 #pragma omp simd reduction(+ : sum)
   for (int j = 0; j < kKeys; ++j) {
     const float weight = exp(scores[j] - base);
-    const float kept = (j >= first) & (j < last) ? weight : 0.0f;
+    const float kept = ((j >= first) & (j < last)) ? weight : 0.0f;
     scores[j] = kept;
     sum += kept;
   }
@@ -188,8 +188,8 @@ void attend(const AttentionProblem& p, const Sequence& s, int64_t k_head, int64_
     Row& state = t.rows[r];
     float factor = v_scale;
     if (p.sink) {
-      const float sink = sink_of(p, k_head * group + r % group), before = state.base();
-      state.top = std::max(state.top, sink);
+      const float sink = sink_of(p, k_head * group + r % group), before = state.top;
+      state.top = std::max(before, sink);
       const float shrink = exp(before - state.base());
       state.sum = state.sum * shrink + exp(sink - state.base());
       factor *= shrink;

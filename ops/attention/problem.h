@@ -65,7 +65,7 @@ constexpr KeyRange visible_keys(const AttentionProblem& p, const Sequence& s, in
   const int64_t position = query + s.k_len - s.q_len;
   int64_t first = 0, last = s.k_len;
   if (p.causal) last = position + 1;
-  if (position < s.prefix) last = s.prefix < s.k_len ? s.prefix : s.k_len;
+  if (s.prefix >= 0 && position < s.prefix) last = s.prefix < s.k_len ? s.prefix : s.k_len;
   if (p.window_left >= 0 && first < position - p.window_left) first = position - p.window_left;
   if (p.window_right >= 0 && last > position + p.window_right + 1) last = position + p.window_right + 1;
   return {first, last > first ? last : first};

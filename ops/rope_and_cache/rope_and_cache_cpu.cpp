@@ -1,5 +1,7 @@
-// Each head goes through the steps of the separate ops in a copy of its own, rounded to T after each.
+// Each head goes through the steps of the separate ops, rounded to T after each: q where it lies, k and v in the cache
+// where that has their dtype, else in a copy.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "ops/kv_cache_write/store_cpu.h"
@@ -27,9 +29,9 @@ struct Tables {
 
   int64_t position(int64_t token) const { return index_at(args.rotary.positions, positions.offset(token)); }
 
-  void rotate(T* head, int64_t position) const {
+  void rotate(T* out, const T* x, int64_t position) const {
     const Tensor& table = args.rotary.cos_sin_cache;
-    rotate_head(head, table.ptr<float>() + position * table.stride[0], pairs, args.rotary.interleaved);
+    rotate_head(out, x, table.ptr<float>() + position * table.stride[0], pairs, args.rotary.interleaved);
   }
 
   // Factors of heads [first, first + count): of the values where `values`, else of the queries.
@@ -53,9 +55,9 @@ void change_queries(const RopeAndCacheArgs& args) {
       T* query = q.ptr<T>() + rows.offset(token);
       if (args.tok_qv_lin) {
         const float* factors = tables.factors(token, position, false, 0, heads);
-        for (int64_t h = 0; h < heads; ++h) scale_head(query + h * stride, factors[h], size);
+        for (int64_t h = 0; h < heads; ++h) scale_head(query + h * stride, query + h * stride, factors[h], size);
       }
-      for (int64_t h = 0; h < heads; ++h) tables.rotate(query + h * stride, position);
+      for (int64_t h = 0; h < heads; ++h) tables.rotate(query + h * stride, query + h * stride, position);
     }
   });
 }
@@ -69,28 +71,38 @@ void write(const RopeAndCacheArgs& args) {
       values{args.write.value_cache, args.write.v_scale};
   const int64_t size = args.write.head_size;
 
-  const auto write_keys = [&](int64_t token, int64_t page, int64_t offset, int64_t first, int64_t last) {
-    const int64_t position = tables.position(token);
-    T* head = scratch<T>(size);
-    for (int64_t h = first; h < last; ++h) {
-      std::copy_n(k.ptr<T>() + k_rows.offset(token) + h * k.stride[k.rank - 2], size, head);
-      tables.rotate(head, position);
-      store_head(keys.head(page, offset, h), head, size, keys.reciprocal(h));
+  // make(out, head) gives each head in dtype T: in the cache itself, or beside it to be converted. Conversion waits for
+  // all heads of the token: reading a head right after it was written would stall on the stores.
+  const auto write_heads = [&](const CacheSide<Cache>& side, int64_t page, int64_t offset, int64_t first, int64_t last,
+                               const auto& make) {
+    if constexpr (std::is_same_v<T, Cache>) {
+      for (int64_t h = first; h < last; ++h) make(side.head(page, offset, h), h);
+    } else {
+      T* made = scratch<T>((last - first) * size);
+      for (int64_t h = first; h < last; ++h) make(made + (h - first) * size, h);
+      for (int64_t h = first; h < last; ++h)
+        store_head(side.head(page, offset, h), made + (h - first) * size, size, side.reciprocal(h));
     }
   };
+  const auto write_keys = [&](int64_t token, int64_t page, int64_t offset, int64_t first, int64_t last) {
+    const int64_t position = tables.position(token), rotated = 2 * tables.pairs;
+    write_heads(keys, page, offset, first, last, [&](T* out, int64_t h) {
+      const T* x = k.ptr<T>() + k_rows.offset(token) + h * k.stride[k.rank - 2];
+      tables.rotate(out, x, position);
+      std::copy(x + rotated, x + size, out + rotated);
+    });
+  };
   const auto write_values = [&](int64_t token, int64_t page, int64_t offset, int64_t first, int64_t last) {
-    const float* factors = nullptr;
-    if (args.tok_qv_lin) factors = tables.factors(token, tables.position(token), true, first, last - first);
-    T* copy = scratch<T>(size);
-    for (int64_t h = first; h < last; ++h) {
-      const T* head = v.ptr<T>() + v_rows.offset(token) + h * v.stride[v.rank - 2];
-      if (factors) {
-        std::copy_n(head, size, copy);
-        scale_head(copy, factors[h - first], size);
-        head = copy;
-      }
-      store_head(values.head(page, offset, h), head, size, values.reciprocal(h));
+    const T* x = v.ptr<T>() + v_rows.offset(token);
+    const int64_t stride = v.stride[v.rank - 2];
+    if (!args.tok_qv_lin) {
+      for (int64_t h = first; h < last; ++h)
+        store_head(values.head(page, offset, h), x + h * stride, size, values.reciprocal(h));
+      return;
     }
+    const float* factors = tables.factors(token, tables.position(token), true, first, last - first);
+    write_heads(values, page, offset, first, last,
+                [&](T* out, int64_t h) { scale_head(out, x + h * stride, factors[h - first], size); });
   };
   for_each_slot(args.write, write_keys, write_values);
 }

@@ -18,7 +18,8 @@ void rotate(const Tensor& x, const RotaryArgs& args) {
       const int64_t position = index_at(args.positions, positions.offset(token));
       const float* cos_sin = args.cos_sin_cache.ptr<float>() + position * args.cos_sin_cache.stride[0];
       T* head = x.ptr<T>() + tokens.offset(token);
-      for (int64_t h = 0; h < heads; ++h) rotate_head(head + h * head_stride, cos_sin, pairs, args.interleaved);
+      for (int64_t h = 0; h < heads; ++h, head += head_stride)
+        rotate_head(head, head, cos_sin, pairs, args.interleaved);
     }
   });
 }

@@ -23,10 +23,11 @@ void tau_factors(float* factors, const T* tok, const Tensor& tau_pos_table, int6
     tau_factors(factors, tok, tau_pos_table.ptr<T>() + offset, heads);
 }
 
-// Not inlined, as in rotate_cpu.h: one code for all ops, so that NaN payloads agree too.
+// out is x or lies apart from it. Not inlined, as in rotate_cpu.h: NaN payloads agree too.
 template <class T>
-[[gnu::noinline]] void scale_head(T* x, float factor, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) x[i] = from_float<T>(to_float(x[i]) * factor);
+[[gnu::noinline]] void scale_head(T* out, const T* x, float factor, int64_t size) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) out[i] = from_float<T>(to_float(x[i]) * factor);
 }
 
 }  // namespace KESTREL_CPU

@@ -21,7 +21,7 @@ void scale(const TauTailArgs& args) {
       T* query = args.qkv_out.ptr<T>() + rows.offset(token);
       const auto scale_heads = [&](T* x, const T* tok_of_x) {
         tau_factors(factors.data(), tok_of_x, args.tau_pos_table, position, 0, heads);
-        for (int64_t h = 0; h < heads; ++h) scale_head(x + h * size, factors[static_cast<size_t>(h)], size);
+        for (int64_t h = 0; h < heads; ++h, x += size) scale_head(x, x, factors[static_cast<size_t>(h)], size);
       };
       scale_heads(query, tok);
       scale_heads(query + 2 * heads * size, tok + heads);

@@ -28,6 +28,9 @@ inline int32_t rank_of(float x) {
 }
 inline int32_t rank_of(bf16 x) { return rank_by_bits(static_cast<int16_t>(x.bits), x.bits & 0x7fff, 0x7f80); }
 inline int32_t rank_of(f16 x) { return rank_by_bits(static_cast<int16_t>(x.bits), x.bits & 0x7fff, 0x7c00); }
+inline float score_of(int32_t rank) {  // of a float; any NaN comes back as one
+  return std::bit_cast<float>(rank < 0 ? static_cast<uint32_t>(-rank) | 0x80000000u : static_cast<uint32_t>(rank));
+}
 
 // A score and its place as one integer: the better score is the larger, among equals that of the lower index.
 inline int64_t candidate(int32_t rank, int64_t index) {

@@ -13,13 +13,11 @@ Selection& selection() {
   return of_thread;
 }
 
-int64_t grain(int64_t width) { return 1 + 16384 / width; }
+int64_t grain(int64_t width) { return 1 + 65536 / width; }
 
 // x becomes its softmax, in place.
 void softmax(float* x, int64_t count) {
-  float highest = x[0];
-#pragma omp simd reduction(max : highest)
-  for (int64_t i = 0; i < count; ++i) highest = highest > x[i] ? highest : x[i];
+  const float highest = score_of(highest_rank(x, count));
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < count; ++i) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -26,4 +27,20 @@ def load() -> Any:
     import tvm_ffi
 
     tvm_ffi.register_error("NotImplementedError", NotImplementedError)
-    return tvm_ffi.load_module(str(folder("lib") / "libkestrel_ffi.so"))
+    library = tvm_ffi.load_module(str(folder("lib") / "libkestrel_ffi.so"))
+    if nvidia := importlib.util.find_spec("nvidia"):  # the namespace of NVIDIA's wheels, cuBLASLt's among them
+        library.set_nvidia_folders(":".join(nvidia.submodule_search_locations or ()))
+    return library
+
+
+def cublaslt_info(name: str = "") -> tuple[int, str]:
+    """Version (130100 is 13.1.0) and path of the cuBLASLt that products on the GPU go to; loads it.
+
+    Args:
+        name: a library file name to look for instead of libcublasLt.so.13 and .12.
+
+    Raises:
+        RuntimeError: there is none; the message names all places that were looked at.
+    """
+    version, path = load().cublaslt_info(name)
+    return version, path

@@ -15,7 +15,8 @@ def embedding_into(out: Array, table: Array, ids: Array) -> None:
     Args:
         out: `[..., N]`, dtype of table; rows of any stride; written. It must share no memory with table.
         table: `[V, N]`, any dtype of whole bytes; rows of any stride.
-        ids: `[...]`, int32 or int64, up to 5 dimensions (none: one row), any stride; each in `[0, V)`.
+        ids: `[...]`, int32 or int64, up to 5 dimensions (none: one row) that fold into two strides; each in
+            `[0, V)`.
 
     Raises:
         TypeError: a dtype that is not taken, or an immutable `out`.

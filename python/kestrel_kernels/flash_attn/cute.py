@@ -1,39 +1,11 @@
 """Attention, softmax(q k^T * scale) v, without the matrix of scores (Dao et al. 2022, FlashAttention; Dao 2023,
 FlashAttention-2; online softmax: Milakov & Gimelshein 2018), over dense, packed or paged keys and values.
 
-Shared by the three functions:
-
-Shapes: `[B, S, H, D]`, or packed ("varlen") `[total, H, D]` with offsets `cu_seqlens` int32 `[B + 1]`: sequence b has the
-rows `cu_seqlens[b]` to `cu_seqlens[b + 1]`. Hq, the heads of q, is a multiple of Hk, those of k and v (grouped heads,
-Ainslie et al. 2023). 1 <= D <= 256. Any strides with a contiguous last dimension.
-Dtypes: q, bf16 or fp16; k and v, both that of q or both e4m3 (also as uint8 bits). fp32 inside, rounded once.
-Positions: query i of a sequence stands at `p = i + len_k - len_q` (aligned to the bottom right), key j at `j`.
-
-Args:
-    softmax_scale: factor of the scores; None: 1 / sqrt(D).
-    causal: a query at p sees the keys j <= p.
-    window_size: (left, right): only keys p - left <= j <= p + right are seen, on top of the other masks; None or -1: no
-        limit on that side.
-    learnable_sink: `[Hq]` bf16, fp16 or fp32: one more score per head, neither scaled nor capped, that takes its share of
-        the softmax and has no value (Xiao et al. 2023).
-    softcap: c > 0 turns scores into c * tanh(score / c) (Gemma 2, 2024); 0: off.
-    num_splits: parts into which the keys are split on the GPU; 0: chosen by the library.
-    prefix_len: int, or int32 `[B]`: causal, but positions below it see one another both ways (prefix-LM). Counted from
-        the first key. None: no prefix.
-    k_scale, v_scale: true value = stored * scale: a number or a one-element fp32 array; None: 1.
-    return_lse: give (out, lse) instead of out.
-    out: array like q, written and returned; None: a new one.
-
-Returns:
-    out, shape and dtype of q; with return_lse also lse, fp32, `[B, Hq, Sq]` or packed `[Hq, total_q]`: the natural log of
-    the sum of exp(score) over the keys seen and the sink. A query that sees no key gives zeros, and an lse of -inf (or
-    the sink). Rows of a packed q that belong to no sequence are not written.
-
-Raises:
-    TypeError: a dtype that is not taken, or an immutable out.
-    ValueError: a shape, stride, device or value that does not fit: a length above its bound or the room there is, a
-        page outside the cache (lengths and pages: on the CPU always).
-    NotImplementedError: CUDA tensors.
+Shapes: `[B, S, H, D]`, or packed ("varlen") `[total, H, D]` with offsets cu_seqlens, int32 `[B + 1]`: sequence b has
+the rows `cu_seqlens[b]` to `cu_seqlens[b + 1]`. Hq, the heads of q, is a multiple of Hk, those of k and v (grouped
+heads: Ainslie et al. 2023). 1 <= D <= 256. Any strides with a contiguous last dimension.
+Dtypes: q bf16 or fp16; k and v both as q, or both e4m3 (also as uint8 bits). fp32 inside, rounded once.
+Positions: query i of a sequence stands at position `p = i + len_k - len_q` (aligned to the bottom right), key j at j.
 """
 
 from __future__ import annotations
@@ -107,12 +79,35 @@ def flash_attn_func(
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Any:
-    """Attention of q over dense k and v.
+    """Attention of q over dense k and v. Positions: see the module, `kestrel_kernels.flash_attn.cute`.
 
     Args:
         q: `[B, Sq, Hq, D]`, bf16 or fp16.
-        k, v: `[B, Sk, Hk, D]`, as q or e4m3.
-        The others, the result and the errors: see the module, `kestrel_kernels.flash_attn.cute`.
+        k, v: `[B, Sk, Hk, D]`, both as q, or both e4m3.
+        softmax_scale: factor of the scores; None: 1 / sqrt(D).
+        causal: a query at position p sees the keys j <= p.
+        window_size: (left, right), in tokens: only keys p - left <= j <= p + right are seen, on top of the other masks.
+            None or -1: no limit on that side.
+        learnable_sink: `[Hq]` bf16, fp16 or fp32: one more score per head, neither scaled nor capped, that takes its
+            share of the softmax and has no value (Xiao et al. 2023).
+        softcap: c > 0 turns scores into c * tanh(score / c) (Gemma 2, 2024); 0: off.
+        num_splits: parts into which the keys are split on the GPU; 0: chosen by the library.
+        prefix_len: int, or int32 `[B]`: causal, but positions below it see one another both ways (prefix-LM). In
+            tokens, counted from the first key. None: no prefix.
+        k_scale, v_scale: true value = stored * scale: a number or a one-element fp32 array; None: 1.
+        return_lse: give (out, lse) instead of out.
+        out: array like q, written and returned; it shares no memory with the inputs. None: a new one.
+
+    Returns:
+        out, shape and dtype of q; with return_lse also lse, fp32 `[B, Hq, Sq]` (packed: `[Hq, total_q]`): the natural
+        log of the sum of exp(score) over the keys seen, and the sink. A query that sees no key gives zeros and -inf
+        (with a sink: the sink).
+
+    Raises:
+        TypeError: a dtype that is not taken, or an immutable out.
+        ValueError: a shape, stride, device or value that does not fit: also a length above its bound or the room there
+            is, and a needed page outside the cache (on the CPU always checked).
+        NotImplementedError: CUDA tensors.
     """
     return _attention(
         _func, out, return_lse, window_size, q, k, v, None, None, None, None, None, None,
@@ -145,16 +140,19 @@ def flash_attn_varlen_func(
 ) -> Any:
     """Attention over packed sequences of different lengths; the keys packed, paged, or dense.
 
+    Rows of q that belong to no sequence are not read, and those of out and lse not written.
+
     Args:
         q: `[total_q, Hq, D]`, bf16 or fp16.
-        k, v: `[total_k, Hk, D]`; with page_table `[pages, page_size, Hk, D]`; with neither `[B, Sk, Hk, D]`. As q or e4m3.
+        k, v: `[total_k, Hk, D]`; with page_table `[pages, page_size, Hk, D]`; with neither `[B, Sk, Hk, D]`. Both as q,
+            or both e4m3.
         cu_seqlens_q: int32 `[B + 1]`, the row of q where each sequence begins, and the end.
         cu_seqlens_k: the same for k and v; None where they are paged or dense.
         max_seqlen_q, max_seqlen_k: the host's bounds on the lengths; None: what there is room for.
         seqused_k: int32 `[B]`, keys in use of each sequence; what lies past them is not read. None: all.
-        page_table: int32 `[B, max_pages]`: token j of sequence b lies in page `page_table[b, j // page_size]`. Entries that
-            no query needs may hold anything.
-        The others, the result and the errors: see the module, `kestrel_kernels.flash_attn.cute`.
+        page_table: int32 `[B, max_pages]`: token j of sequence b lies in page `page_table[b, j // page_size]`. Entries
+            that no query needs may hold anything.
+        The others, the result and the errors: those of `flash_attn_func`.
     """
     if cu_seqlens_q is None:
         raise TypeError("flash_attn_varlen_func: cu_seqlens_q must be an array, got None")
@@ -193,16 +191,16 @@ def flash_attn_with_kvcache(
         q: `[B, Sq, Hq, D]`, bf16 or fp16: the last Sq positions of each sequence.
         k_cache, v_cache: `[pages, page_size, Hk, D]` (page_size >= 1; paged attention: Kwon et al. 2023); without
             page_table `[B, S, Hk, D]`. As q or e4m3.
-        page_table: int32 `[B, max_pages]`: token j of sequence b lies in page `page_table[b, j // page_size]`. Entries that
-            no query needs may hold anything.
-        seqused_k: int32 `[B]`, the length of each sequence, its queries included; what lies past it is not read. None: all
-            that the table, or the cache, can hold.
+        page_table: int32 `[B, max_pages]`: token j of sequence b lies in page `page_table[b, j // page_size]`. Entries
+            that no query needs may hold anything.
+        seqused_k: int32 `[B]`, the length of each sequence, its queries included; what lies past it is not read. None:
+            all that the table, or the cache, can hold.
         max_seqlen_k: the host's bound on the lengths; None: what the table can hold.
         fresh_tokens: only the newest so many tokens of a sequence may still be being written by the kernel before this
             one; None: all. Without effect on the CPU.
         batch_invariant: fix the split of the keys, so that a request's bits do not depend on its neighbours. On the CPU
             they never do.
-        The others, the result and the errors: see the module, `kestrel_kernels.flash_attn.cute`.
+        The others, the result and the errors: those of `flash_attn_func`.
     """
     return _attention(
         _with_kvcache, out, return_lse, window_size, q, k_cache, v_cache, None, None, None, max_seqlen_k, seqused_k,
@@ -223,7 +221,7 @@ def merge_state_into(out: Array, lse: Array, out_a: Array, lse_a: Array, out_b: 
     Args:
         out: as out_a; written. May be out_a or out_b.
         lse: as lse_a; written. May be lse_a or lse_b.
-        out_a, out_b: `[B, S, H, D]` or `[total, H, D]`; bf16, fp16 or fp32, any strides with a contiguous last dimension.
+        out_a, out_b: `[B, S, H, D]` or `[total, H, D]`; bf16, fp16 or fp32; any strides, last dimension contiguous.
         lse_a, lse_b: fp32, `[B, H, S]` or `[H, total]`: natural log, as the attention functions return it. -inf: that
             part saw no key, and its out is not looked at; where both are: zeros and -inf.
 

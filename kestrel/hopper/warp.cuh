@@ -1,0 +1,27 @@
+// What the threads of a warp, and the warps of a block, tell one another.
+#pragma once
+
+namespace kestrel {
+
+constexpr int kWarp = 32;
+
+__device__ __forceinline__ float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(~0u, value, lanes); }
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
+  return value;
+}
+
+// The sum over all threads of a block of whole warps, in every thread. In a fixed order: the same bits on every run.
+__device__ __forceinline__ float block_sum(float value) {
+  __shared__ float sums[kWarp];
+  value = warp_sum(value);
+  __syncthreads();  // the last call's readers are done
+  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
+  return warp_sum(lane < warps ? sums[lane] : 0.0f);
+}
+
+}  // namespace kestrel

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kestrel_kernels._bench.entry import Entry, Maker, Peer, Set
+
+
+def paged_cache(make: Maker, s: Set, batch: int, keys: int, heads: int, size: int, page: int, dtype: str) -> Set:
+    """Caches in pages of random order, each page used once; NaN past the last key of each sequence."""
+    per_sequence = -(-keys // page)
+    table = make.distinct(batch * per_sequence, batch * per_sequence, "int32").view(batch, per_sequence)
+    for name in ("k_cache", "v_cache"):
+        values = make.normal(batch * per_sequence, page, heads, size)
+        if keys % page:
+            values[table[:, -1].long(), keys % page :] = float("nan")
+        s[name] = values.to(torch.float8_e4m3fn) if dtype == "fp8" else values
+    s["page_table"] = table
+    s["seqused_k"] = torch.full((batch,), keys, dtype=torch.int32, device=make.device)
+    for name, scale in (("k_scale", 0.5), ("v_scale", 2.0)):
+        s[name] = torch.full((1,), scale, device=make.device) if dtype == "fp8" else None
+    return s
+
+
+def gathered(s: Set, name: str, keys: int) -> torch.Tensor:
+    """The cache as a user of PyTorch would read it, `[batch, keys, heads, D]`."""
+    cache = s[f"{name}_cache"]
+    scale = s[f"{name}_scale"]
+    if scale is None:
+        return cache[s["page_table"].long()].flatten(1, 2)[:, :keys]
+    stored = cache.view(torch.uint8)[s["page_table"].long()].flatten(1, 2)[:, :keys].view(torch.float8_e4m3fn)
+    return (stored.float() * scale).to(torch.bfloat16)
+
+
+def true_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    """float64, sequence by sequence: q `[batch, S, Hq, D]`; `seen` `[S, keys]` bool."""
+    out = []
+    groups = q.shape[2] // k.shape[2]
+    for q1, k1, v1 in zip(q.double(), k.double(), v.double(), strict=True):
+        k1, v1 = k1.repeat_interleave(groups, 1), v1.repeat_interleave(groups, 1)
+        scores = torch.einsum("shd,thd->hst", q1, k1) * q.shape[-1] ** -0.5
+        if seen is not None:
+            scores = scores.masked_fill(~seen, float("-inf"))
+        out.append(torch.einsum("hst,thd->shd", scores.softmax(-1), v1))
+    return torch.stack(out)
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **more: Any) -> torch.Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **more).transpose(1, 2)
+
+
+class AttentionPrefill(Entry):
+    """Checked on at most 128 of the queries: all of them in float64 would not fit."""
+
+    op = "attention_prefill"
+    pattern = (
+        r"(?P<mask>causal|full|prefix(?P<prefix>\d+)) h(?P<heads>\d+) d(?P<size>\d+)( b(?P<batch>\d+))? "
+        r"s(?P<tokens>\d+)( paged1 (?P<dtype>bf16|fp8))?"
+    )
+    function = "flash_attn.cute.flash_attn_func"
+    arguments = "q k v causal= out="
+    products = "bf16"
+    small = ("causal h2 d64 s5", "full h1 d72 b2 s33", "causal h1 d8 s1", "prefix7 h2 d64 s17 paged1 fp8")
+
+    mask: str
+    prefix: int | None
+    heads: int
+    size: int
+    batch: int | None
+    tokens: int
+    dtype: str | None
+
+    def __init__(self, case: str) -> None:
+        super().__init__(case)
+        if self.dtype:
+            self.function = "flash_attn.cute.flash_attn_with_kvcache"
+            self.arguments = "q k_cache v_cache page_table= seqused_k= prefix_len= k_scale= v_scale= out="
+
+    def inputs(self, make: Maker) -> Set:
+        batch = self.batch or 1
+        shape = (batch, self.tokens, self.heads, self.size)
+        s: Set = {"q": make.normal(*shape), "out": make.empty(*shape)}
+        if self.dtype:
+            s["prefix_len"] = self.prefix
+            s["seen"] = self._seen(torch.arange(self.tokens, device=make.device))
+            return paged_cache(make, s, batch, self.tokens, self.heads, self.size, 1, self.dtype)
+        return {**s, "k": make.normal(*shape), "v": make.normal(*shape), "causal": self.mask == "causal"}
+
+    def _seen(self, queries: torch.Tensor) -> torch.Tensor | None:
+        """`[queries, keys]`: which keys these queries see."""
+        if self.mask == "full":
+            return None
+        keys = torch.arange(self.tokens, device=queries.device)
+        return keys <= queries.clamp(min=(self.prefix or 1) - 1)[:, None]
+
+    @property
+    def bytes(self) -> int:
+        per_element = 2 + 2 + 2 * (1 if self.dtype == "fp8" else 2)
+        return (self.batch or 1) * self.tokens * self.heads * self.size * per_element
+
+    @property
+    def operations(self) -> int:
+        n, prefix = self.tokens, self.prefix or 0
+        pairs = n * n if self.mask == "full" else (n * (n + 1) - prefix * (prefix + 1)) // 2 + prefix * prefix
+        return 4 * (self.batch or 1) * self.heads * self.size * pairs
+
+    def _queries(self, s: Set) -> torch.Tensor:
+        return torch.linspace(0, self.tokens - 1, min(self.tokens, 128), device=s["q"].device).long()
+
+    def reference(self, s: Set) -> Sequence[torch.Tensor]:
+        k, v = (gathered(s, x, self.tokens) for x in "kv") if self.dtype else (s["k"], s["v"])
+        self._sampled = self._queries(s)
+        return [true_attention(s["q"][:, self._sampled], k, v, self._seen(self._sampled))]
+
+    def results(self, s: Set, returned: Any) -> Sequence[torch.Tensor]:
+        return [s["out"][:, self._sampled.to(s["out"].device)]]
+
+    def peer_results(self, returned: Any) -> Sequence[torch.Tensor]:
+        return [returned[:, self._sampled]]
+
+    def eager(self, s: Set) -> Any:
+        if self.dtype:
+            return sdpa(s["q"], gathered(s, "k", self.tokens), gathered(s, "v", self.tokens), attn_mask=s["seen"])
+        return sdpa(s["q"], s["k"], s["v"], is_causal=s["causal"])
+
+    def peers(self) -> Mapping[str, Peer]:
+        if self.dtype:
+            return {}
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        def cudnn(s: Set) -> Any:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return self.eager(s)
+
+        return {"cudnn": cudnn}
+
+
+class AttentionDecode(Entry):
+    """One query token per sequence, all sequences of one length."""
+
+    op = "attention_decode"
+    pattern = (
+        r"b(?P<batch>\d+) kv(?P<keys>\d+) h(?P<heads>\d+)(/(?P<kv_heads>\d+))? d(?P<size>\d+) "
+        r"(?P<dtype>bf16|fp8) page(?P<page>\d+)( fresh(?P<fresh>\d+))?"
+    )
+    function = "flash_attn.cute.flash_attn_with_kvcache"
+    arguments = "q k_cache v_cache page_table= seqused_k= causal= k_scale= v_scale= fresh_tokens= out="
+    small = (
+        "b2 kv5 h4/2 d64 bf16 page1",
+        "b1 kv37 h2 d72 fp8 page16",
+        "b3 kv1 h2 d64 bf16 page1",
+        "b2 kv33 h4 d128 bf16 page1 fresh1",
+    )
+
+    batch: int
+    keys: int
+    heads: int
+    kv_heads: int | None
+    size: int
+    dtype: str
+    page: int
+    fresh: int | None
+
+    def inputs(self, make: Maker) -> Set:
+        shape = (self.batch, 1, self.heads, self.size)
+        s: Set = {"q": make.normal(*shape), "out": make.empty(*shape), "fresh_tokens": self.fresh, "causal": True}
+        return paged_cache(
+            make, s, self.batch, self.keys, self.kv_heads or self.heads, self.size, self.page, self.dtype
+        )
+
+    @property
+    def bytes(self) -> int:
+        per_key = 2 * (self.kv_heads or self.heads) * self.size * (1 if self.dtype == "fp8" else 2)
+        pages = -(-self.keys // self.page)
+        return self.batch * (self.keys * per_key + 2 * 2 * self.heads * self.size + 4 * pages + 4)
+
+    def reference(self, s: Set) -> Sequence[torch.Tensor]:
+        return [true_attention(s["q"], gathered(s, "k", self.keys), gathered(s, "v", self.keys), None)]
+
+    def eager(self, s: Set) -> Any:
+        return sdpa(s["q"], gathered(s, "k", self.keys), gathered(s, "v", self.keys))

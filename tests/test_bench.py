@@ -1,0 +1,263 @@
+"""The bench: cases, floors, results file, README table, and the command itself on the CPU."""
+# ruff: noqa: E402 (torch first: without it there is nothing to test)
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from kestrel_kernels import _bench
+from kestrel_kernels._bench import results, small
+from kestrel_kernels._bench.clock import CpuClock
+from kestrel_kernels._bench.entry import Case, Entry, Maker, Set, entries, load_cases, nbytes
+from kestrel_kernels._bench.measure import HOST_TIME, measure
+
+ROOT = Path(__file__).parent.parent
+CASES = load_cases()
+H200 = 4.65e12
+
+
+def load_tool(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(op: str = "gelu_residual", case: str = "1x1024", us: float = 0.8, **changes: Any) -> results.Row:
+    made = {"op": op, "case": case, "us": us, "warm_us": 0.7, "floor_us": 0.5, "peers": {"torch": 1.5},
+            "rel_err": 1.7e-3, "commit": "abc", "date": "2026-01-01"}  # fmt: skip
+    return {**made, **changes}
+
+
+# Cases and entries.
+
+
+def test_cases_are_distinct_and_complete() -> None:
+    assert len({(c.op, c.name) for c in CASES}) == len(CASES)
+    for case in CASES:
+        assert case.target_us and case.target_us > 0
+    installed = json.loads((ROOT / "benchmarks/cases.json").read_text())["rows"]
+    assert [(r["op"], r["case"]) for r in installed] == [(c.op, c.name) for c in CASES]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.op in entries()], ids=lambda c: f"{c.op} {c.name}")
+def test_case_is_parsed(case: Case) -> None:
+    """The sizes in the name are those of the entry, and no target lies below the floor's bytes."""
+    entry = entries()[case.op](case.name)
+    fixed = r"fp8|bf16|paged1" + ("|page1" if "page1" in entry.pattern else "")
+    numbers = [int(n) for n in re.findall(r"\d+", re.sub(fixed, "", case.name))]
+    assert [v for k, v in vars(entry).items() if k != "case" and isinstance(v, int)] == numbers
+    assert case.target_us is not None and results.floor_us(entry.bytes, H200) <= case.target_us
+
+
+def test_host_cases_name_an_entry() -> None:
+    for case in CASES:
+        if case.op == HOST_TIME:
+            op, name = case.name.split(" ", 1)
+            assert entries()[op].host_case == name
+
+
+def test_case_of_another_form() -> None:
+    with pytest.raises(ValueError, match="gelu_residual: a case is written like"):
+        entries()["gelu_residual"]("12")
+
+
+@pytest.mark.parametrize("op", entries())
+def test_entry_agrees_with_torch(op: str) -> None:
+    """The float64 answer and the same op in plain PyTorch: two writings of one formula."""
+    kind = entries()[op]
+    assert kind.small
+    for name in kind.small:
+        entry = kind(name)
+        assert entry.peer_error(entry.inputs(Maker("cpu")), entry.eager) <= 2.5 * entry.tolerance
+        assert {n.rstrip("=") for n in entry.arguments.split()} <= set(entry.inputs(Maker("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "expected"),
+    [
+        ("gelu_residual", "1x1024", 0.5),
+        ("gelu_residual", "5920x1024", 5920 * (2048 + 1024) * 2 / 4.65e6),
+        ("layernorm", "9477x1152", (9477 * 2 + 2) * 1152 * 2 / 4.65e6),
+        ("rmsnorm_residual", "9477x1152", (9477 * 4 + 1) * 1152 * 2 / 4.65e6),
+        ("kv_cache_write", "4096x32x64 fp8 page1", 4096 * (2 * 2048 * 3 + 8) / 4.65e6),
+        ("moe_sum", "1024x8x2048", 1024 * 9 * 2048 * 2 / 4.65e6),
+        ("linear", "1x2048x8192", (8192 + 2048 * 8192 + 2048) * 2 / 4.65e6),
+    ],
+)
+def test_floor(op: str, case: str, expected: float) -> None:
+    assert results.floor_us(entries()[op](case).bytes, H200) == pytest.approx(expected)
+
+
+def test_floor_of_products() -> None:
+    entry = entries()["fused_mlp"]("9477x1152x4304")
+    assert entry.operations == 2 * 2 * 9477 * 1152 * 4304
+    assert results.floor_us(entry.bytes, H200, entry.operations, 660e12) == pytest.approx(284.8, abs=0.1)
+
+
+def test_bytes_are_no_more_than_twice_the_arguments() -> None:
+    for kind in entries().values():
+        entry = kind(kind.small[-1])
+        assert 0 < entry.bytes <= 2 * nbytes(entry.inputs(Maker("cpu"))) + 64
+
+
+def test_small_cases_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert small.main(["--device", "cpu"]) == 0
+    assert "right on cpu: gelu_residual (10 calls)" in capsys.readouterr().out
+
+
+# The results file.
+
+
+def test_merge_replaces_what_ran() -> None:
+    old = {"gpu": "G", "rows": [row(us=9), row(case="64x1024", us=8), row(op="layernorm", case="1x2048", us=7)]}
+    ran = {("gelu_residual", "1x1024"), ("layernorm", "1x2048")}  # the second failed: no row
+    new = results.merge(old, "G", [row(us=1)], ran)
+    assert [(r["case"], r["us"]) for r in new["rows"]] == [("1x1024", 1), ("64x1024", 8)]
+    assert [r["case"] for r in results.merge(None, "G", [row(case="64x1024"), row()], set())["rows"]] == [
+        "1x1024",
+        "64x1024",
+    ]
+
+
+def test_file_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "h200.json"
+    written = results.merge(None, "NVIDIA H200", [row(), row(case="64x1024", peers={})], set())
+    results.write(path, written)
+    assert results.read(path, "NVIDIA H200") == written
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(ValueError, match="holds results of 'NVIDIA H200', this is 'NVIDIA H100'"):
+        results.read(path, "NVIDIA H100")
+    assert results.read(tmp_path / "none.json", "G") is None
+    path.write_text('{"rows": [')
+    with pytest.raises(ValueError, match="not a results file"):
+        results.read(path, "NVIDIA H200")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("results/*.json")), ids=lambda p: p.name)
+def test_committed_results(path: Path) -> None:
+    found = json.loads(path.read_text())
+    known = {(c.op, c.name) for c in CASES}
+    assert found == results.read(path, found["gpu"])
+    for r in found["rows"]:
+        assert tuple(r) == results.FIELDS
+        assert (r["op"], r["case"]) in known
+        assert r["us"] > 0 and r["floor_us"] >= 0.5 and 0 <= r["rel_err"] < 0.05
+        assert all(us > 0 for us in r["peers"].values())
+
+
+# The command.
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CpuClock, "seconds", 0.01)
+    monkeypatch.setattr(CpuClock, "most_bytes", 1 << 20)
+
+
+def test_run_on_the_cpu(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "cpu.json"
+    command = ["gelu_residual", "--case", "1x1024", "--device", "cpu", "--json", str(path)]
+    assert _bench.main([*command, "--commit", "one"]) == 0
+    out = capsys.readouterr().out
+    assert "gelu_residual" in out and "1x1024" in out and "torch" in out
+    (only,) = json.loads(path.read_text())["rows"]
+    assert tuple(only) == results.FIELDS
+    assert only["commit"] == "one" and only["peers"]["torch"] > 0 and 0 < only["rel_err"] < 3e-3
+    assert _bench.main([*command, "--case", "64x1024", "--peers", "none"]) == 0
+    first, second = json.loads(path.read_text())["rows"]
+    assert first["commit"] != "one" and first["peers"] == {} and second["case"] == "64x1024"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_op"], "no such op: no_such_op; known are gelu_residual"),
+        (["--case", "7x7"], "no case has that name"),
+        pytest.param(["--device", "cuda"], "torch sees no CUDA device",
+                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")),
+    ],
+)  # fmt: skip
+def test_usage_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _bench.main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"kestrel-kernels bench: {message}")
+
+
+def test_wrong_result_is_a_failure(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(entries()["gelu_residual"], "eager", Entry.eager)  # not written: a peer's fault, not ours
+    command = ["gelu_residual", "--case", "1x1024", "--device", "cpu"]
+    assert _bench.main(command) == 0
+    assert "torch: NotImplementedError" in capsys.readouterr().out
+    monkeypatch.setattr(entries()["gelu_residual"], "bound", lambda self, s: lambda: None)  # writes nothing
+    assert _bench.main(command) == 1
+    assert "FAILED gelu_residual 1x1024: wrong result: rel_err nan" in capsys.readouterr().out
+
+
+def test_missing_kernel_is_no_failure(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(self: Entry, s: Set) -> Any:
+        def fail() -> None:
+            raise NotImplementedError("layernorm: no CUDA kernel")
+
+        return fail
+
+    monkeypatch.setattr(entries()["gelu_residual"], "bound", call)
+    outcome = measure(Case("gelu_residual", "1x1024", 1.0, None), CpuClock(), "none", "")
+    assert outcome.missing and not outcome.failure and not outcome.row
+
+
+# Tools.
+
+
+def test_readme_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool = load_tool("readme_table")
+    readme, file = tmp_path / "README.md", tmp_path / "h200.json"
+    rows = [row(), row(case="64x1024", us=2.0), row(HOST_TIME, "layernorm 1x2048", 3.4, peers={"torch": 9.0})]
+    results.write(file, {"gpu": "NVIDIA H200", "rows": rows})
+    readme.write_text(f"before\n{tool.BEGIN}\nstale\n{tool.END}\nafter\n")
+    command = ["--readme", str(readme), "--results", str(file)]
+    assert tool.main([*command, "--check"]) == 1
+    assert tool.main(command) == 0
+    assert tool.main([*command, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
+    assert "| gelu_residual | 1x1024 | **0.80** | 0.70 | 0.50 | 62% | 1.50 torch |" in text
+    assert "| gelu_residual | 64x1024 | 2.00 | 0.70 | 0.50 | 25% | **1.50** torch |" in text  # a loss is shown
+    assert "layernorm 3.40 (torch: 9.00)" in text
+    readme.write_text("no markers")
+    assert tool.main(command) == 2
+    assert "no pair of markers" in capsys.readouterr().err
+
+
+def test_readme_is_up_to_date() -> None:
+    tool = load_tool("readme_table")
+    readme = ROOT / "README.md"
+    if not readme.exists() or tool.BEGIN not in readme.read_text():
+        pytest.skip("no table in the README yet")
+    assert tool.main(["--check"]) == 0
+
+
+def test_check_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool = load_tool("check_gpu")
+    assert tool.file_name("NVIDIA H200") == "h200.json"
+    assert tool.file_name("NVIDIA H100 80GB HBM3") == "h100.json"
+    monkeypatch.setattr(tool, "gpu_name", lambda: None)
+    assert tool.main([]) == 2
+    step = tool.run("late", [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"], 1.0, None, {})
+    assert step.status == "FAILED" and "its limit of 1 s" in step.note and step.seconds < 20
+    log = tmp_path / "log"
+    assert tool.run("good", [sys.executable, "-c", "print('fine')"], 30, log, {}).status == "ok"
+    assert log.read_text() == "fine\n"
+    assert tool.run("bad", [sys.executable, "-c", "raise SystemExit(3)"], 30, None, {}).note.startswith("status 3")
