@@ -33,10 +33,11 @@ TEXTS = [
     (
         "Write a Python function that adds the numbers from 1 to n.",
         "Here is a Python function that adds the numbers from 1 to n:\n\n```python\n"
-        "def add_numbers(n):\n    total = 0\n    for i in range(1, n + 1):\n        total += i\n    return total\n```\n\n"
-        "This function uses a for loop to add the numbers from 1 to n. It starts with a total of 0, and for each number "
-        "it adds that number to the total. At the end it returns the total. For example, `add_numbers(100)` returns "
-        "5050.",
+        "def add_numbers(n):\n    total = 0\n    for i in range(1, n + 1):\n        total += i\n"
+        "    return total\n```\n\n"
+        "This function uses a for loop to add the numbers from 1 to n. It starts with a total of 0, and for each "
+        "number it adds that number to the total. At the end it returns the total. For example, `add_numbers(100)` "
+        "returns 5050.",
     ),
     (
         "List the planets of the solar system.",

@@ -176,15 +176,12 @@ compute nothing (embedding) are left out.</p>
 
 def _plot(run: Run) -> str:
     """Attained flop/s over flop per byte, both logarithmic, below the two lines that the machine allows."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "kestrel", "font.size": 10})
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = [row for row in run.rows if row.flops]
     roof = run.roof
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
     ridge = roof.peak / roof.bandwidth
     left = min([row.intensity for row in rows] + [ridge]) / 3
     right = max([row.intensity for row in rows] + [ridge]) * 6
@@ -213,6 +210,5 @@ def _plot(run: Run) -> str:
     axes.legend(frameon=False, loc="lower right")
     drawing = io.StringIO()
     figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
-    pyplot.close(figure)
     svg = drawing.getvalue()
     return svg[svg.index("<svg") :]
