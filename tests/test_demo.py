@@ -31,15 +31,23 @@ PARIS = "The capital of France is Paris."
 TEXTS = [
     (command.PROMPT, PARIS),
     (
-        "Why is the sky blue?",
-        "The sky appears blue because of a phenomenon called Rayleigh scattering: the molecules of the air scatter "
-        "short wavelengths, such as blue and violet, more strongly than long ones, such as red. At sunset the light "
-        "takes a longer path, and what is left of it is orange.",
+        "Write a Python function that adds the numbers from 1 to n.",
+        "Here is a Python function that adds the numbers from 1 to n:\n\n```python\n"
+        "def add_numbers(n):\n    total = 0\n    for i in range(1, n + 1):\n        total += i\n"
+        "    return total\n```\n\n"
+        "This function uses a for loop to add the numbers from 1 to n. It starts with a total of 0, and for each "
+        "number it adds that number to the total. At the end it returns the total. For example, `add_numbers(100)` "
+        "returns 5050.",
     ),
     (
-        "Write a Python function that adds the numbers from 1 to n.",
-        "def total(n):\n    result = 0\n    for i in range(1, n + 1):\n        result += i\n    return result\n\n"
-        "For n = 100 it returns 5050. The same in one line: `n * (n + 1) // 2`.",
+        "List the planets of the solar system.",
+        "The planets of the solar system, in order from the Sun, are:\n\n"
+        "1. Mercury: the smallest planet and the closest to the Sun.\n"
+        "2. Venus: the hottest planet, with a thick atmosphere of carbon dioxide.\n"
+        "3. Earth: the only planet known to support life.\n"
+        "4. Mars: the red planet, with the largest volcano in the solar system.\n"
+        "5. Jupiter: the largest planet, a gas giant.\n6. Saturn: known for its rings.\n"
+        "7. Uranus: an ice giant that rotates on its side.\n8. Neptune: the farthest planet from the Sun.",
     ),
 ]
 
@@ -89,9 +97,12 @@ class Reference:
 
         x = w["token_embd.weight"][ids]
         for i in range(c.layers):
-            names = [f"attn_{name}" for name in ("norm", "q", "k", "v", "output")]
-            names += [f"ffn_{name}" for name in ("norm", "gate", "up", "down")]
-            layer = {name: w[f"blk.{i}.{name}.weight"] for name in names}
+            prefix, suffix = f"blk.{i}.", ".weight"
+            layer = {
+                name.removeprefix(prefix).removesuffix(suffix): weight
+                for name, weight in w.items()
+                if name.startswith(prefix)
+            }
             h = norm(x, layer["attn_norm"])
             q, k = heads(h @ layer["attn_q"].T, True), heads(h @ layer["attn_k"].T, True)
             v = heads(h @ layer["attn_v"].T, False)
@@ -129,16 +140,17 @@ def forced(model: Model, ids: list[int], prompt: int, kv_cache_dtype: str = "aut
     ("kv_cache_dtype", "mean", "least", "same"), [("auto", 0.999, 0.99, 0.98), ("fp8", 0.995, 0.9, 0.95)]
 )
 def test_logits(model: Model, expected: Any, kv_cache_dtype: str, mean: float, least: float, same: float) -> None:
-    cosines, top = [], []
+    cosines, tops = [], []
     for ids, prompt, want in expected:
         got = forced(model, ids, prompt, kv_cache_dtype)
         assert np.isfinite(got).all()
         cosines.append((got * want).sum(-1) / np.linalg.norm(got, axis=-1) / np.linalg.norm(want, axis=-1))
-        top.append(got.argmax(-1) == want.argmax(-1))
-    cosine = np.concatenate(cosines)
-    figures = f"cosine {cosine.mean():.5f}, least {cosine.min():.5f}, same top token {np.concatenate(top).mean():.3f}"
+        # bf16 logits tie in one position of a hundred: any of those that share the first place is a top token.
+        tops.append(got[np.arange(len(ids)), want.argmax(-1)] == got.max(-1))
+    cosine, top = np.concatenate(cosines), np.concatenate(tops)
+    figures = f"cosine {cosine.mean():.5f}, least {cosine.min():.5f}, same top token {top.mean():.3f}"
     print(figures)
-    assert cosine.mean() > mean and cosine.min() > least and np.concatenate(top).mean() >= same, figures
+    assert cosine.mean() > mean and cosine.min() > least and top.mean() >= same, figures
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
@@ -198,8 +210,8 @@ def test_damaged_cache_is_made_anew(loaded: gguf_model.GGUFModel, tmp_path: Path
 
 
 def test_chat_tokens(tokenizer: Tokenizer) -> None:
-    system = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182]
-    system += [2, 198]
+    system = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365]
+    system += [3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2, 198]
     turn = [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 19842, 281, 582, 6330, 30, 2, 198]
     assert tokenizer.chat(command.PROMPT) == [*system, *turn, 1, 520, 9531, 198]
 

@@ -94,6 +94,7 @@ def _demo(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from kestrel_kernels import _library
     from kestrel_kernels._demo import gguf_model, meter, report
     from kestrel_kernels._demo.session import Generation, Session
     from kestrel_kernels._demo.tokenizer import TextStream, Tokenizer
@@ -109,6 +110,7 @@ def _demo(args: argparse.Namespace) -> int:
             lambda what, done: progress.update(task, description=what, completed=done),
         )
         progress.update(task, description="loading the library", completed=1.0)
+        _library.load()
         tokenizer = Tokenizer(loaded.tokenizer)
         from kestrel_kernels._demo.model import Model
 

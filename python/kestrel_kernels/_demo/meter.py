@@ -6,9 +6,13 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter, perf_counter_ns
 
 import numpy as np
+
+from kestrel_kernels._op import as_tensor
+from kestrel_kernels.fused_linear_residual_ops import linear_into
 
 
 @dataclass(frozen=True)
@@ -88,25 +92,21 @@ def rows(programs: Iterable[Program]) -> list[Row]:
 @dataclass(frozen=True)
 class Roof:
     bandwidth: float  # byte/s, of a plain copy: read and written bytes
-    peak: float  # flop/s, of NumPy's float32 matrix product
-    threads: int
+    peak: float  # flop/s, of a matrix product
+    cores: int
 
 
 def measure_roof(seconds: float = 0.2) -> Roof:
     """The best of many short copies (larger than the caches) and of many products, for `seconds` each."""
-    threads = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
     source, target = np.ones(64 << 20, np.uint8), np.ones(64 << 20, np.uint8)
+    with ThreadPoolExecutor(cores) as pool:  # NumPy copies without the interpreter's lock
+        pieces = np.array_split(target, cores), np.array_split(source, cores)
+        copy = _best(lambda: list(pool.map(np.copyto, *pieces)), seconds)
     a, c = np.ones((512, 512), np.float32), np.empty((512, 512), np.float32)
-    blocks = [np.empty((128, 64, 64), np.float32) for _ in range(threads)]
-    with ThreadPoolExecutor(threads) as pool:  # NumPy copies and multiplies without the interpreter's lock
-        pieces = np.array_split(target, threads), np.array_split(source, threads)
-        copy = 2 * source.nbytes / _best(lambda: list(pool.map(np.copyto, *pieces)), seconds)
-        # One product on the BLAS library's threads, which wait for one another on a busy machine, and one small product
-        # after the other on each of ours: the better of the two.
-        whole = 2 * 512**3 / _best(lambda: np.matmul(a, a, out=c), seconds)
-        small = np.ones((128, 64, 64), np.float32)
-        each = _best(lambda: list(pool.map(lambda out: np.matmul(small, small[0], out=out), blocks)), seconds)
-    return Roof(copy, max(whole, threads * 128 * 2 * 64**3 / each), threads)
+    product = _best(lambda: np.matmul(a, a, out=c), seconds)
+    own = partial(linear_into, as_tensor(c), as_tensor(a), as_tensor(a))  # NumPy's library may not be the faster one
+    return Roof(2 * source.nbytes / copy, 2 * 512**3 / min(product, _best(own, seconds)), cores)
 
 
 def _best(run: Callable[[], object], seconds: float) -> float:

@@ -49,8 +49,8 @@ class Run:
     @property
     def machine(self) -> str:
         return (
-            f"{self.cpu}, {self.roof.threads} cores; roof: copy {self.roof.bandwidth / 1e9:.1f} GB/s, "
-            f"float32 product {self.roof.peak / 1e12:.3f} TFLOP/s"
+            f"{self.cpu}, {self.roof.cores} cores; roof: copy {self.roof.bandwidth / 1e9:.1f} GB/s, "
+            f"matrix product {self.roof.peak / 1e12:.3f} TFLOP/s"
         )
 
     def sections(self) -> list[tuple[str, float, list[Row], float]]:
@@ -166,6 +166,8 @@ def _page(run: Run) -> str:
 </table></div>
 <p class="muted">{_NOTE}</p>
 <h2>Roofline</h2>
+<p class="muted">What an op attains, over what it computes for each byte. The area of a dot is the time spent; ops that
+compute nothing (embedding) are left out.</p>
 {_plot(run)}
 </body>
 </html>
@@ -174,25 +176,18 @@ def _page(run: Run) -> str:
 
 def _plot(run: Run) -> str:
     """Attained flop/s over flop per byte, both logarithmic, below the two lines that the machine allows."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "kestrel", "font.size": 10})
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = [row for row in run.rows if row.flops]
     roof = run.roof
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
     ridge = roof.peak / roof.bandwidth
     left = min([row.intensity for row in rows] + [ridge]) / 3
     right = max([row.intensity for row in rows] + [ridge]) * 6
-    axes.plot(
-        [left, ridge, right], [left * roof.bandwidth / 1e9, roof.peak / 1e9, roof.peak / 1e9], color="#1c2430", lw=1.5
-    )
-    axes.annotate(f"copy: {roof.bandwidth / 1e9:.1f} GB/s", (left * 1.3, left * 1.3 * roof.bandwidth / 1e9),
-                  xytext=(0, 8), textcoords="offset points", color="#5b6675")  # fmt: skip
-    axes.annotate(f"product: {roof.peak / 1e12:.3f} TFLOP/s", (right, roof.peak / 1e9), xytext=(-4, 5), ha="right",
-                  textcoords="offset points", color="#5b6675")  # fmt: skip
+    line = f"roof: copy {roof.bandwidth / 1e9:.1f} GB/s, matrix product {roof.peak / 1e12:.3f} TFLOP/s"
+    corners = [left * roof.bandwidth / 1e9, roof.peak / 1e9, roof.peak / 1e9]
+    axes.plot([left, ridge, right], corners, color="#1c2430", lw=1.5, label=line)
     colours = {"prefill": "#c2571a", "decode": "#1f6fb2"}
     longest = max((row.seconds for row in rows), default=1.0)
     for phase, group in itertools.groupby(rows, key=lambda row: row.phase):
@@ -202,18 +197,18 @@ def _plot(run: Run) -> str:
             s=[30 + 300 * row.seconds / longest for row in members], color=colours[phase], alpha=0.75, label=phase,
             edgecolors="white",
         )  # fmt: skip
+        above = 5 if phase == "prefill" else -11
         for row in members:
-            axes.annotate(row.op, (row.intensity, row.flops / row.seconds / 1e9), xytext=(7, -11),
+            axes.annotate(row.op, (row.intensity, row.flops / row.seconds / 1e9), xytext=(7, above),
                           textcoords="offset points", color=colours[phase])  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlim=(left, right), xlabel="flop per byte", ylabel="Gflop/s")
+    axes.set(xscale="log", yscale="log", xlim=(left, right), xlabel="flop per byte", ylabel="GFLOP/s")
+    axes.set_ylim(bottom=axes.get_ylim()[0] / 2, top=roof.peak / 1e9 * 2)
     axes.grid(which="major", color="#e4e8ee")
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    if rows:
-        axes.legend(title="area: time", frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower right")
     drawing = io.StringIO()
     figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
-    pyplot.close(figure)
     svg = drawing.getvalue()
     return svg[svg.index("<svg") :]
