@@ -1,16 +1,16 @@
 #include "kestrel/cuda.h"
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <array>
 #include <atomic>
 
 #include "kestrel/cuda_check.h"
+#include "kestrel/launch.h"
 
 namespace kestrel {
 namespace {
-
-constexpr int kMaxDevices = 64;
 
 int current_device() {
   int device;
@@ -34,7 +34,51 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
+// The driver's launch, found without linking libcuda.
+decltype(&cuLaunchKernelEx) driver_launch() {
+  static const auto found = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    cuda_check(cudaGetDriverEntryPointByVersion("cuLaunchKernelEx", &entry, 12000, cudaEnableDefault, &result),
+               "cudaGetDriverEntryPointByVersion");
+    return reinterpret_cast<decltype(&cuLaunchKernelEx)>(entry);
+  }();
+  return found;
+}
+
 }  // namespace
+
+cudaFunction_t function_of(const void* symbol, std::atomic<cudaFunction_t>* cache) {
+  const int device = current_device();
+  cudaFunction_t function = device < kMaxDevices ? cache[device].load(std::memory_order_relaxed) : nullptr;
+  if (!function) {
+    cuda_check(cudaGetFuncBySymbol(&function, symbol), "cudaGetFuncBySymbol");
+    if (device < kMaxDevices) cache[device].store(function, std::memory_order_relaxed);
+  }
+  return function;
+}
+
+void launch_function(const void* symbol, cudaFunction_t function, const LaunchConfig& config, void** params) {
+  CUlaunchConfig driver{};
+  driver.gridDimX = config.gridDim.x;
+  driver.gridDimY = config.gridDim.y;
+  driver.gridDimZ = config.gridDim.z;
+  driver.blockDimX = config.blockDim.x;
+  driver.blockDimY = config.blockDim.y;
+  driver.blockDimZ = config.blockDim.z;
+  driver.sharedMemBytes = static_cast<unsigned>(config.dynamicSmemBytes);
+  driver.hStream = config.stream;
+  // The runtime's attributes are the driver's under other names.
+  static_assert(sizeof(CUlaunchAttribute) == sizeof(cudaLaunchAttribute) &&
+                static_cast<int>(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) ==
+                    static_cast<int>(cudaLaunchAttributeProgrammaticStreamSerialization) &&
+                static_cast<int>(CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION) ==
+                    static_cast<int>(cudaLaunchAttributeClusterDimension));
+  driver.attrs = reinterpret_cast<CUlaunchAttribute*>(config.attrs);
+  driver.numAttrs = config.numAttrs;
+  if (driver_launch() && driver_launch()(&driver, function, params, nullptr) == CUDA_SUCCESS) return;
+  cuda_check(cudaLaunchKernelExC(&config, symbol, params), "cudaLaunchKernelExC");
+}
 
 DeviceGuard::DeviceGuard(DLDevice device) : previous_(current_device()), switched_(previous_ != device.device_id) {
   if (switched_) cuda_check(cudaSetDevice(device.device_id), "cudaSetDevice");

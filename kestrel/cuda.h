@@ -7,6 +7,8 @@
 
 namespace kestrel {
 
+constexpr int kMaxDevices = 64;
+
 // Makes the tensors' device the current one for the life of the guard.
 class DeviceGuard {
  public:

@@ -35,7 +35,7 @@ def attend(
     if right is not None:
         seen &= key <= position + right
 
-    out, lse = np.zeros(q.shape), np.full((heads, len_q), -np.inf)
+    out, lse = np.zeros(q.shape), np.zeros((heads, len_q))
     for h in range(heads):
         group = h // (heads // k_heads)
         scores = q[:, h] @ k[:, group].T * scale * k_scale
@@ -45,11 +45,12 @@ def attend(
             scores = np.hstack([scores, np.full((len_q, 1), learnable_sink[h])])
         counts = np.hstack([seen, np.ones((len_q, scores.shape[1] - len_k), bool)])
         top = np.max(scores, axis=1, where=counts, initial=-np.inf, keepdims=True)
+        top[np.isneginf(top)] = 0
         weights = np.exp(scores - top, where=counts, out=np.zeros_like(scores))
-        total = weights.sum(axis=1, keepdims=True)
-        any_counts = np.asarray(counts.any(axis=1))
-        lse[h, any_counts] = (top + np.log(total, where=total != 0, out=np.zeros_like(total)))[any_counts, 0]
-        weights /= np.where(any_counts[:, None], total, 1)
+        total = weights.sum(axis=1)
+        with np.errstate(divide="ignore"):
+            lse[h] = top[:, 0] + np.log(total)
+        weights /= np.where(total == 0, 1, total)[:, None]
         for i in range(len_q):
             out[i, h] = weights[i, :len_k][seen[i]] @ v[seen[i], group] * v_scale
     return out, lse

@@ -124,6 +124,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "none_seen": {"window_size": (0, 0)},
     "softcap": {"softcap": 2.5},
     "sink": {"learnable_sink": np.array([-1.0, 0.0, 3.0, 9.0])},
+    "sink_alone": {"learnable_sink": np.array([-200.0, 0.0, 200.0, -np.inf]), "window_size": (0, 0)},
     "scales": {"k_scale": 0.5, "v_scale": 2.0},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -206,6 +206,17 @@ def test_special_values(backend: Backend, dtype: str) -> None:
     np.testing.assert_array_equal(backend.numpy(out), want)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_value(backend: Backend, dtype: str) -> None:
+    """x @ [[1]] is x for each of the 65536 values, subnormals included."""
+    require_kernel(backend)
+    every = np.arange(65536, dtype=np.uint16).view(numpy_dtype(dtype)).reshape(-1, 1)
+    x = backend.array(every, dtype)
+    out = ops.linear(x, backend.array(np.ones((1, 1)), dtype))
+    with np.errstate(invalid="ignore"):  # signaling NaNs
+        np.testing.assert_array_equal(backend.numpy(out), backend.numpy(x))
+
+
 MLP_SHAPES = [(1, 4, 6, 5), (0, 4, 6, 5), (3, 0, 6, 5), (3, 4, 0, 5), (3, 4, 6, 0), (9, 64, 200, 130)]
 
 

@@ -3,8 +3,8 @@
 // The order of a sum depends on dtype and depth alone: k goes by pairs of vectors (load_pair), lane l of the one
 // accumulator adds the products of lane l of each vector in turn, and sum_lanes() adds the lanes at the end. So a row
 // has the same bits alone, in any batch and on any number of threads.
-// One row: bound by reading w. Many: a tile of kTileRows x 4 accumulators keeps the FMA units busy, the tile's part of
-// x stays in L1, a block of w in L2 (93% of the FMA peak at 40 x 3072 x 576 in bf16 with AVX-512).
+// One row: bound by reading w. Many: a tile of kTileRows x kColumns accumulators keeps the FMA units busy, the tile's
+// part of x stays in L1, a block of w in L2 (93% of the FMA peak at 40 x 3072 x 576 in bf16 with AVX-512).
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,9 @@
 
 namespace KESTREL_CPU {
 
-// The rows of x that share one pass over a block of weights: as many as leave registers for 4 accumulators each.
+// Columns of a tile. Not more: rows of w are often 4 KiB apart, which puts all of a tile's into the same set of L1.
+inline constexpr int kColumns = 4;
+// The rows of x that share one pass over a block of weights: as many as leave registers for kColumns accumulators each.
 inline constexpr int kTileRows = kLanes == 16 ? 6 : kLanes == 8 ? 3 : 2;
 inline constexpr int kBlockColumns = 128;
 inline constexpr int kPairLanes = 2 * kLanes;  // the depth goes by pairs of vectors
@@ -35,7 +37,7 @@ struct Weights {
 // the last.
 template <class T>
 struct Slice {
-  const T* w;  // [columns][depth]; columns past the last of four repeat it
+  const T* w;  // [columns][depth]; columns past the last repeat it
   int64_t stride, columns, depth;
   int64_t ahead;   // how far from an element of w lies the one to fetch into cache
   const float* x;  // packed: [steps][rows][kLanes], zeros past the depth
@@ -45,53 +47,57 @@ struct Slice {
 
 template <int kRows, class T>
 void matmul_tile(float* sums, const Slice<T>& s) {
-  const T* column[4];
-  for (int n = 0; n < 4; ++n) column[n] = s.w + std::min<int64_t>(n, s.columns - 1) * s.stride;
+  const T* column[kColumns];
+  for (int n = 0; n < kColumns; ++n) column[n] = s.w + std::min<int64_t>(n, s.columns - 1) * s.stride;
   const float* x = s.x;
-  Floats acc[kRows][4] = {};
+  Floats acc[kRows][kColumns] = {};
   if (!s.first) {
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) acc[m][n] = s.partial[4 * m + n];
+      for (int n = 0; n < kColumns; ++n) acc[m][n] = s.partial[m * kColumns + n];
   }
-  const auto add = [&](const Floats& w0, const Floats& w1, const Floats& w2, const Floats& w3) {
+  const auto add = [&](const FloatsPair(&w)[kColumns]) {
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
       const Floats row = load(x + m * kLanes);
-      acc[m][0] = mul_add(row, w0, acc[m][0]);
-      acc[m][1] = mul_add(row, w1, acc[m][1]);
-      acc[m][2] = mul_add(row, w2, acc[m][2]);
-      acc[m][3] = mul_add(row, w3, acc[m][3]);
+#pragma GCC unroll 4
+      for (int n = 0; n < kColumns; ++n) acc[m][n] = mul_add(row, w[n].first, acc[m][n]);
+    }
+    x += kRows * kLanes;
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const Floats row = load(x + m * kLanes);
+#pragma GCC unroll 4
+      for (int n = 0; n < kColumns; ++n) acc[m][n] = mul_add(row, w[n].second, acc[m][n]);
     }
     x += kRows * kLanes;
   };
-  const auto add_pairs = [&](FloatsPair w0, FloatsPair w1, FloatsPair w2, FloatsPair w3) {
-    add(w0.first, w1.first, w2.first, w3.first);
-    add(w0.second, w1.second, w2.second, w3.second);
-  };
   int64_t k = 0;
   for (; k + kPairLanes <= s.depth; k += kPairLanes) {
-    for (const T* w : column) {
-      __builtin_prefetch(w + k + s.ahead);
-      if constexpr (sizeof(T) == 4) __builtin_prefetch(w + k + s.ahead + kLanes);
-    }
-    add_pairs(load_pair(column[0] + k), load_pair(column[1] + k), load_pair(column[2] + k), load_pair(column[3] + k));
-  }
-  if (const int64_t rest = s.depth - k)
-    add_pairs(load_pair(column[0] + k, rest), load_pair(column[1] + k, rest), load_pair(column[2] + k, rest),
-              load_pair(column[3] + k, rest));
-  if (!s.last) {
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m)
+    FloatsPair w[kColumns];
 #pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) s.partial[4 * m + n] = acc[m][n];
-    return;
+    for (int n = 0; n < kColumns; ++n) {
+      w[n] = load_pair(column[n] + k);
+      __builtin_prefetch(column[n] + k + s.ahead);
+      if constexpr (sizeof(T) == 4) __builtin_prefetch(column[n] + k + s.ahead + kLanes);
+    }
+    add(w);
+  }
+  if (const int64_t rest = s.depth - k) {
+    FloatsPair w[kColumns];
+#pragma GCC unroll 4
+    for (int n = 0; n < kColumns; ++n) w[n] = load_pair(column[n] + k, rest);
+    add(w);
   }
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
-    const Floats4 four = sum_lanes(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
-    std::memcpy(sums + m * kBlockColumns, &four, sizeof four);
+    if (s.last) {
+      const Floats4 four = sum_lanes(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+      std::memcpy(sums + m * kBlockColumns, &four, sizeof four);
+    } else {
+      for (int n = 0; n < kColumns; ++n) s.partial[m * kColumns + n] = acc[m][n];
+    }
   }
 }
 
@@ -109,14 +115,14 @@ template <class T>
   constexpr int64_t kSliceBytes = 28 << 10;
   const int64_t pairs = ceil_div(depth, kPairLanes);
   const int64_t slices = 1 + pairs * kPairLanes * rows * static_cast<int64_t>(sizeof(float)) / kSliceBytes;
-  alignas(64) Floats partial[kBlockColumns / 4][4 * kTileRows];
+  alignas(64) Floats partial[kBlockColumns / kColumns][kTileRows * kColumns];
   for (int64_t i = 0; i < slices; ++i) {
     const int64_t begin = pairs * i / slices * kPairLanes;
     const int64_t end = std::min(pairs * (i + 1) / slices * kPairLanes, depth);
-    for (int64_t n = 0; n < columns; n += 4)
+    for (int64_t n = 0; n < columns; n += kColumns)
       matmul_tile(rows, sums + n,
                   Slice<T>{w + n * stride + begin, stride, columns - n, end - begin, ahead, x + begin * rows,
-                           partial[n / 4], i == 0, i == slices - 1});
+                           partial[n / kColumns], i == 0, i == slices - 1});
   }
 }
 
@@ -168,13 +174,13 @@ void matmul(const Weights<T>& w, int64_t rows, X row_of, Epilogue epilogue) {
         (int64_t{256} << 10) / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(kPanels * width, 1);
     const int64_t shares = 4 * thread_count();
     const int64_t least = ceil_div(columns, std::clamp<int64_t>(budget, 16, kBlockColumns));
-    const int64_t block = 4 * ceil_div(columns, 4 * shares * ceil_div(least, shares));
+    const int64_t block = kColumns * ceil_div(columns, kColumns * shares * ceil_div(least, shares));
     const int64_t blocks = ceil_div(columns, block);
     const int64_t groups = std::min(tiles, ceil_div(shares, blocks));
     // The first tile reads w from memory and asks for the rows that come 8 KiB later: by itself the hardware looks
     // ahead along a row only (one row, [49152, 576] in bf16: 2.1 ms -> 0.8 ms). For the others w lies in L2.
     const int64_t row_bytes = std::max<int64_t>(stride * static_cast<int64_t>(sizeof(T)), 1);
-    const int64_t ahead = (1 + 2048 / row_bytes) * 4 * stride;
+    const int64_t ahead = (1 + 2048 / row_bytes) * kColumns * stride;
     const int64_t grain = 1 + 65536 * groups / (block * width * kPanels * chunk_size + 1);
 
     parallel_for(blocks * groups, grain, [&](int64_t first, int64_t last) {

@@ -1,11 +1,11 @@
-// out = softmax(mask(softcap(q k^T * softmax_scale))) v, fp32 inside, rounded once. Grouped heads: query head h reads
-// key head h / (Hq / Hk). lse, where given, is the natural log of the softmax's denominator.
+// out = softmax(mask(softcap(q k^T * softmax_scale))) v, fp32 inside, rounded once. Query head h reads key head
+// h / (Hq / Hk). lse, where given, is the natural log of the softmax's denominator. A query that sees no key gives
+// zeros and -inf (with a sink: the sink). Packed rows of no sequence are neither read nor written.
 //   q, out [B, Sq, Hq, D], or packed [total_q, Hq, D] with cu_seqlens_q      bf16 | f16, 1 <= D <= 256
 //   k, v   [B, Sk, Hk, D], or packed [total_k, Hk, D] with cu_seqlens_k,     as q | e4m3 (also as uint8 bits)
-//          or [pages, page_size, Hk, D] with page_table                      all: any strides, last dim contiguous
-//   lse    [B, Hq, Sq], packed [Hq, total_q]                                 f32
-// A query that may see no key gives zeros. Rows of packed tensors that belong to no sequence are neither read nor
-// written.
+//          or [pages, page_size, Hk, D] with page_table                      any strides, last dim contiguous
+//   lse    [B, Hq, Sq], packed [Hq, total_q]                                 f32, any strides
+// out and lse overlap no input. A sequence's bits do not depend on the others, nor on the number of threads.
 #pragma once
 
 #include <kestrel/tensor.h>
@@ -20,8 +20,8 @@ struct AttentionOptions {
   std::optional<Tensor> page_table = {};  // [B, max_pages]; entries that no query needs are never read
 
   bool causal = false;  // position p sees keys <= p
-  std::optional<Value<int64_t>> prefix_len =
-      {};  // a number or int32 [B]: causal, and positions below it see one another
+  // A number or int32 [B]: causal, but positions below it see one another both ways.
+  std::optional<Value<int64_t>> prefix_len = {};
   std::optional<int64_t> window_left = {}, window_right = {};  // keys in [p - left, p + right] alone; -1: no limit
 
   std::optional<float> softmax_scale = {};      // 1 / sqrt(D)

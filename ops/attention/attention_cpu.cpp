@@ -188,8 +188,8 @@ void attend(const AttentionProblem& p, const Sequence& s, int64_t k_head, int64_
     Row& state = t.rows[r];
     float factor = v_scale;
     if (p.sink) {
-      const float sink = sink_of(p, k_head * group + r % group), before = state.base();
-      state.top = std::max(state.top, sink);
+      const float sink = sink_of(p, k_head * group + r % group), before = state.top;
+      state.top = std::max(before, sink);
       const float shrink = exp(before - state.base());
       state.sum = state.sum * shrink + exp(sink - state.base());
       factor *= shrink;

@@ -1,6 +1,9 @@
 // A thread takes a vector of one head of one token: 16 elements that become 16 bytes of e4m3, or 16 bytes copied; key
-// and value are the two halves of the grid. Scattered 2 KB pieces (page size 1, 32 heads of 64) go out as fast as a
-// stream. Bound by memory: 3 bytes an element in fp8, 4 in 16 bits.
+// and value are the two halves of the grid. Layouts that the vectors do not fit go element by element. Bound by memory,
+// 3 bytes an element in fp8 and 4 in 16 bits: scattered pieces of 2 KB (page size 1, 32 heads of 64) go out as fast as
+// a stream. Small calls are bound by latency: the source's address is ready before the wait.
+#include <algorithm>
+
 #include "kestrel/hopper/divide.cuh"
 #include "kestrel/hopper/pdl.cuh"
 #include "kestrel/hopper/value.cuh"
@@ -13,56 +16,60 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// One of the two: key or value. Strides in elements.
-template <class T, class Cache>
-struct Side {
-  const T* source;
-  Cache* cache;
-  int64_t token, head;                // of source
-  int64_t page, in_page, cache_head;  // of cache
-  DeviceValue<float> scale;
+struct Slots {
+  const void* data;
+  int64_t stride, count, page_size;
+  bool wide;  // int64
 };
 
-template <class T, class Cache, class Index>
-struct KernelArgs {
-  Side<T, Cache> sides[2];
-  const void* slots;
-  bool wide_slots;  // int64
-  int64_t slot_stride, slot_count, page_size;
-  Divider<Index> vectors_per_token, vectors_per_head;
-  Index vectors;  // of one side
+// Where a token goes in the cache; page -1 where its slot is negative or past the end.
+struct Place {
+  int64_t page, offset;
 };
 
-// The value of slot_mapping at a token, -1 where it lies outside the cache.
-template <class Args>
-__device__ __forceinline__ int64_t slot_of(const Args& args, int64_t token) {
-  const int64_t slot = args.wide_slots ? static_cast<const int64_t*>(args.slots)[token * args.slot_stride]
-                                       : static_cast<const int32_t*>(args.slots)[token * args.slot_stride];
-  return slot < args.slot_count ? slot : -1;
+__device__ __forceinline__ Place place_of(const Slots& slots, int64_t token) {
+  const int64_t slot = slots.wide ? static_cast<const int64_t*>(slots.data)[token * slots.stride]
+                                  : static_cast<const int32_t*>(slots.data)[token * slots.stride];
+  if (slot < 0 || slot >= slots.count) return {-1, 0};
+  if (slots.page_size == 1) return {slot, 0};
+  return {slot / slots.page_size, slot % slots.page_size};
 }
 
-template <class T, class Cache, int kVec, class Index>
-__global__ void __launch_bounds__(kThreads) kv_cache_write_kernel(const KernelArgs<T, Cache, Index> args) {
-  constexpr int kPart = kVec < kVec16<T> ? kVec : kVec16<T>;  // elements of one load
-  const Side<T, Cache>& side = args.sides[blockIdx.y];
-  const Index vector = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
-  Index token, rest, head, column;
+template <class T, class Cache>
+struct VectorArgs {
+  const T* key;
+  const T* value;
+  Cache* key_cache;
+  Cache* value_cache;
+  int64_t token, head;               // strides of key and of value
+  int64_t page, offset, cache_head;  // strides of both caches
+  DeviceValue<float> k_scale, v_scale;
+  Slots slots;
+  Divider<uint32_t> vectors_per_token, vectors_per_head;
+  uint32_t vectors;
+};
+
+template <class T, class Cache>
+__global__ void __launch_bounds__(kThreads) kv_cache_write_kernel(const __grid_constant__ VectorArgs<T, Cache> args) {
+  constexpr int kVec = kVec16<Cache>, kPart = kVec16<T>;  // elements of a store, of a load
+  const bool is_value = blockIdx.y;
+  const uint32_t vector = blockIdx.x * kThreads + threadIdx.x;
+  uint32_t token, rest, head, column;
   args.vectors_per_token(vector, &token, &rest);
   args.vectors_per_head(rest, &head, &column);
-  if (vector >= args.vectors) token = head = column = 0;
-  const float scale = side.scale.at(head);  // asked for here, waited for below
+  const T* source = (is_value ? args.value : args.key) + token * args.token + head * args.head + column * kVec;
+  compute_now(source);
+  const float scale = (is_value ? args.v_scale : args.k_scale).at(vector < args.vectors ? head : 0);
   wait_for_predecessor();
   release_successor();
   if (vector >= args.vectors) return;
-  const T* source = side.source + token * side.token + head * side.head + int64_t{column} * kVec;
   Vec<T, kPart> parts[kVec / kPart];
 #pragma unroll
   for (int p = 0; p < kVec / kPart; ++p) parts[p] = load<kPart>(source + p * kPart);
-  const int64_t slot = slot_of(args, token);
-  if (slot < 0) return;
-  const int64_t page = args.page_size == 1 ? slot : slot / args.page_size;
-  Cache* out = side.cache + page * side.page + (slot - page * args.page_size) * side.in_page + head * side.cache_head +
-               int64_t{column} * kVec;
+  const Place place = place_of(args.slots, token);
+  if (place.page < 0) return;
+  Cache* out = (is_value ? args.value_cache : args.key_cache) + place.page * args.page + place.offset * args.offset +
+               head * args.cache_head + column * kVec;
   if constexpr (std::is_same_v<T, Cache>) {
     store(out, parts[0]);
   } else {
@@ -80,12 +87,35 @@ __global__ void __launch_bounds__(kThreads) kv_cache_write_kernel(const KernelAr
 }
 
 template <class T, class Cache>
-Side<T, Cache> side_of(const Tensor& source, const Tensor& cache, const Value<float>& scale) {
-  return {source.ptr<T>(), cache.ptr<Cache>(), source.stride[0], source.stride[1],
-          cache.stride[0], cache.stride[1],    cache.stride[2],  scale};
+struct ElementArgs {
+  const T* source;
+  Cache* cache;
+  int64_t token, head, page, offset, cache_head;  // strides
+  DeviceValue<float> scale;
+  Slots slots;
+  int64_t heads, head_size, elements;
+};
+
+template <class T, class Cache>
+__global__ void __launch_bounds__(kThreads)
+    kv_cache_write_element_kernel(const __grid_constant__ ElementArgs<T, Cache> args) {
+  wait_for_predecessor();
+  release_successor();
+  const int64_t element = blockIdx.x * int64_t{kThreads} + threadIdx.x;
+  if (element >= args.elements) return;
+  const int64_t column = element % args.head_size, head = element / args.head_size % args.heads;
+  const int64_t token = element / args.head_size / args.heads;
+  const Place place = place_of(args.slots, token);
+  if (place.page < 0) return;
+  const T x = args.source[token * args.token + head * args.head + column];
+  Cache& out = args.cache[place.page * args.page + place.offset * args.offset + head * args.cache_head + column];
+  if constexpr (std::is_same_v<T, Cache>)
+    out = x;
+  else
+    out = from_float<Cache>(to_float(x) * (1.0f / args.scale.at(head)));
 }
 
-template <class T, class Cache, int kVec>
+template <class T, class Cache>
 bool vectors_fit(const Tensor& source, const Tensor& cache) {
   bool fit = aligned_to(source.data, 16) && aligned_to(cache.data, 16);
   for (int dim = 0; dim < source.rank - 1; ++dim) fit = fit && source.stride[dim] % kVec16<T> == 0;
@@ -93,30 +123,55 @@ bool vectors_fit(const Tensor& source, const Tensor& cache) {
   return fit;
 }
 
-template <class T, class Cache, int kVec, class Index>
-void run(Stream stream, const KvCacheWriteArgs& a) {
-  const int64_t per_head = a.head_size / kVec, vectors = a.tokens * a.heads * per_head;
-  const KernelArgs<T, Cache, Index> args{
-      {side_of<T, Cache>(a.key, a.key_cache, a.k_scale), side_of<T, Cache>(a.value, a.value_cache, a.v_scale)},
-      a.slot_mapping.data,
-      a.slot_mapping.dtype == DType::kI64,
-      a.slot_mapping.stride[0],
-      a.pages * a.page_size,
-      a.page_size,
-      Divider<Index>(a.heads * per_head),
-      Divider<Index>(per_head),
-      static_cast<Index>(vectors)};
-  launch(stream, {ceil_div(vectors, kThreads), kThreads, 2}, kv_cache_write_kernel<T, Cache, kVec, Index>, args);
+bool same_strides(const Tensor& a, const Tensor& b) { return std::equal(a.stride, a.stride + a.rank, b.stride); }
+
+template <class T, class Cache>
+void run_elements(Stream stream, const KvCacheWriteArgs& a, const Slots& slots, const Tensor& source,
+                  const Tensor& cache, const Value<float>& scale) {
+  const ElementArgs<T, Cache> args{source.ptr<T>(),
+                                   cache.ptr<Cache>(),
+                                   source.stride[0],
+                                   source.stride[1],
+                                   cache.stride[0],
+                                   cache.stride[1],
+                                   cache.stride[2],
+                                   scale,
+                                   slots,
+                                   a.heads,
+                                   a.head_size,
+                                   source.numel()};
+  launch<kv_cache_write_element_kernel<T, Cache>>(stream, {ceil_div(args.elements, kThreads), kThreads}, args);
 }
 
 template <class T, class Cache>
 void choose(Stream stream, const KvCacheWriteArgs& a) {
-  constexpr int kVec = kVec16<Cache>;  // 16 bytes written
-  if (a.head_size % kVec == 0 && vectors_fit<T, Cache, kVec>(a.key, a.key_cache) &&
-      vectors_fit<T, Cache, kVec>(a.value, a.value_cache) && fits_32_bits(a.key.numel() / kVec + kThreads))
-    run<T, Cache, kVec, uint32_t>(stream, a);
-  else
-    run<T, Cache, 1, int64_t>(stream, a);
+  constexpr int kVec = kVec16<Cache>;
+  const Slots slots{a.slot_mapping.data, a.slot_mapping.stride[0], a.pages * a.page_size, a.page_size,
+                    a.slot_mapping.dtype == DType::kI64};
+  const int64_t per_head = a.head_size / kVec, vectors = a.tokens * a.heads * per_head;
+  if (a.head_size % kVec == 0 && vectors_fit<T, Cache>(a.key, a.key_cache) &&
+      vectors_fit<T, Cache>(a.value, a.value_cache) && same_strides(a.key, a.value) &&
+      same_strides(a.key_cache, a.value_cache) && fits_32_bits(vectors + kThreads)) {
+    const VectorArgs<T, Cache> args{a.key.ptr<T>(),
+                                    a.value.ptr<T>(),
+                                    a.key_cache.ptr<Cache>(),
+                                    a.value_cache.ptr<Cache>(),
+                                    a.key.stride[0],
+                                    a.key.stride[1],
+                                    a.key_cache.stride[0],
+                                    a.key_cache.stride[1],
+                                    a.key_cache.stride[2],
+                                    a.k_scale,
+                                    a.v_scale,
+                                    slots,
+                                    Divider<uint32_t>(a.heads * per_head),
+                                    Divider<uint32_t>(per_head),
+                                    static_cast<uint32_t>(vectors)};
+    launch<kv_cache_write_kernel<T, Cache>>(stream, {ceil_div(vectors, kThreads), kThreads, 2}, args);
+  } else {
+    run_elements<T, Cache>(stream, a, slots, a.key, a.key_cache, a.k_scale);
+    run_elements<T, Cache>(stream, a, slots, a.value, a.value_cache, a.v_scale);
+  }
 }
 
 }  // namespace

@@ -14,13 +14,23 @@ namespace kestrel::cuda {
 namespace {
 
 template <class T>
-struct KernelArgs {
+struct TileArgs {
+  T* out;
+  const T* x;
+  const T* weight;
+  const T* bias;
+  int64_t out_stride, x_stride, rows;
+  float eps;
+};
+
+template <class T>
+struct ReloadArgs {
   T* out;
   const T* x;
   const T* weight;
   const T* bias;
   Rows out_rows, x_rows;
-  int64_t width;
+  int width;
   float eps;
 };
 
@@ -69,22 +79,23 @@ __device__ __forceinline__ Moments join(Moments mine, float count) {
 }
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kTileThreads) layernorm_kernel(const KernelArgs<T> args) {
+__global__ void __launch_bounds__(kTileThreads) layernorm_kernel(const __grid_constant__ TileArgs<T> args) {
   static_assert(Tile::kLanes <= kTileThreads && Tile::kLanes % kWarp == 0);
   using V = Vec<T, Tile::kSize>;
   const int lane = threadIdx.x % Tile::kLanes;
   const int64_t row = blockIdx.x * int64_t{kTileThreads / Tile::kLanes} + threadIdx.x / Tile::kLanes;
   const auto column = [&](int v) { return (lane + v * Tile::kLanes) * Tile::kSize; };
+  const T* x_row = args.x + row * args.x_stride;
   V x[Tile::kVectors], weight[Tile::kVectors], bias[Tile::kVectors];
 #pragma unroll
   for (int v = 0; v < Tile::kVectors; ++v) {
     weight[v] = load<Tile::kSize>(args.weight + column(v));
     bias[v] = load<Tile::kSize>(args.bias + column(v));
   }
+  compute_now(x_row);
   wait_for_predecessor();
   release_successor();
-  if (row >= args.x_rows.count) return;  // whole warps: a row of more lanes has its block alone
-  const T* x_row = args.x + args.x_rows.offset(row);
+  if (row >= args.rows) return;  // whole warps: a row of more lanes has its block alone
 #pragma unroll
   for (int v = 0; v < Tile::kVectors; ++v) x[v] = load<Tile::kSize>(x_row + column(v));
 
@@ -108,7 +119,7 @@ __global__ void __launch_bounds__(kTileThreads) layernorm_kernel(const KernelArg
   const Moments all = join<Tile::kLanes>(mine, Tile::kShare);
   const float scale = rsqrtf(all.m2 * (1.0f / Tile::kWidth) + args.eps);
 
-  T* out_row = args.out + args.out_rows.offset(row);
+  T* out_row = args.out + row * args.out_stride;
 #pragma unroll
   for (int v = 0; v < Tile::kVectors; ++v) {
     to_floats(x[v], f);
@@ -121,12 +132,12 @@ __global__ void __launch_bounds__(kTileThreads) layernorm_kernel(const KernelArg
 }
 
 template <class T, int kVec>
-__global__ void __launch_bounds__(1024) layernorm_reload_kernel(const KernelArgs<T> args) {
+__global__ void __launch_bounds__(1024) layernorm_reload_kernel(const __grid_constant__ ReloadArgs<T> args) {
   wait_for_predecessor();
   release_successor();
   const T* x = args.x + args.x_rows.offset(blockIdx.x);
   T* out = args.out + args.out_rows.offset(blockIdx.x);
-  const int width = static_cast<int>(args.width), first = threadIdx.x * kVec, step = blockDim.x * kVec;
+  const int width = args.width, first = threadIdx.x * kVec, step = blockDim.x * kVec;
   float f[kVec], w[kVec], b[kVec];
   float sum = 0;
   for (int i = first; i < width; i += step) {
@@ -153,29 +164,31 @@ __global__ void __launch_bounds__(1024) layernorm_reload_kernel(const KernelArgs
 }
 
 template <class T, class Tile>
-void run_tile(Stream stream, const KernelArgs<T>& args) {
-  launch(stream, {ceil_div(args.x_rows.count, kTileThreads / Tile::kLanes), kTileThreads}, layernorm_kernel<T, Tile>,
-         args);
+void run_tile(Stream stream, const LayernormArgs& a) {
+  const TileArgs<T> args{a.out.ptr<T>(),          a.x.ptr<T>(),          a.weight.ptr<T>(), a.bias.ptr<T>(),
+                         a.out_rows.inner_stride, a.x_rows.inner_stride, a.x_rows.count,    a.eps};
+  launch<layernorm_kernel<T, Tile>>(stream, {ceil_div(args.rows, kTileThreads / Tile::kLanes), kTileThreads}, args);
 }
 
 template <class T, int kVec>
-void run_reload(Stream stream, const KernelArgs<T>& args) {
-  const int threads = static_cast<int>(std::min<int64_t>(ceil_div(ceil_div(args.width, kVec), kWarp) * kWarp, 1024));
-  launch(stream, {args.x_rows.count, threads}, layernorm_reload_kernel<T, kVec>, args);
+void run_reload(Stream stream, const LayernormArgs& a) {
+  const ReloadArgs<T> args{a.out.ptr<T>(), a.x.ptr<T>(), a.weight.ptr<T>(),         a.bias.ptr<T>(),
+                           a.out_rows,     a.x_rows,     static_cast<int>(a.width), a.eps};
+  const int threads = static_cast<int>(std::min<int64_t>(ceil_div(ceil_div(a.width, kVec), kWarp) * kWarp, 1024));
+  launch<layernorm_reload_kernel<T, kVec>>(stream, {a.x_rows.count, threads}, args);
 }
 
 template <class T>
 void choose(Stream stream, const LayernormArgs& a) {
   constexpr int kVec = kVec16<T>;
-  const KernelArgs<T> args{a.out.ptr<T>(), a.x.ptr<T>(), a.weight.ptr<T>(), a.bias.ptr<T>(),
-                           a.out_rows,     a.x_rows,     a.width,           a.eps};
-  const bool vectors = vectors_fit<T, kVec>(a.out, a.out_rows) && vectors_fit<T, kVec>(a.x, a.x_rows) &&
-                       aligned_to(args.weight, 16) && aligned_to(args.bias, 16) && a.width % kVec == 0;
-  if (!vectors) return run_reload<T, 1>(stream, args);
-  if (a.reload) return run_reload<T, kVec>(stream, args);
-  if (a.width == Tile1152::kWidth) return run_tile<T, Tile1152>(stream, args);
-  if (a.width == Tile2048::kWidth) return run_tile<T, Tile2048>(stream, args);
-  run_reload<T, kVec>(stream, args);
+  if (!vectors_fit<T, kVec>(a.out, a.out_rows) || !vectors_fit<T, kVec>(a.x, a.x_rows) ||
+      !aligned_to(a.weight.data, 16) || !aligned_to(a.bias.data, 16) || a.width % kVec != 0)
+    return run_reload<T, 1>(stream, a);
+  if (!a.reload && a.out_rows.uniform() && a.x_rows.uniform()) {
+    if (a.width == Tile1152::kWidth) return run_tile<T, Tile1152>(stream, a);
+    if (a.width == Tile2048::kWidth) return run_tile<T, Tile2048>(stream, a);
+  }
+  run_reload<T, kVec>(stream, a);
 }
 
 }  // namespace

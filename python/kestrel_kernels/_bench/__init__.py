@@ -113,7 +113,7 @@ def _run(args: argparse.Namespace, cases: Sequence[Case]) -> int:
                 progress.advance(task)
         except KeyboardInterrupt:
             interrupted = True
-    width = None if sys.stdout.isatty() else 130
+    width = None if sys.stdout.isatty() else 150
     print_report(Console(width=width), outcomes, clock.name, on_cuda)
     print(f"{time.monotonic() - started:.0f} s" + (f", rows in {args.json}" if args.json else ""))
     return 130 if interrupted else int(any(o.failure for o in outcomes))

@@ -155,7 +155,7 @@ class CudaClock(Clock):
         for call in calls[:3]:
             call()
         torch.cuda.synchronize()
-        slow = self._events(calls[0], 3) > 200
+        slow = self._events(calls[0], 5) > 500
         warm_count = 10 if slow else 100
         warm = self._replay(self._graph(calls[:1], warm_count), warm_count, cold=False)
         rounds = max(1, -(-(10 if slow else 40) // len(calls)))
@@ -190,10 +190,10 @@ class CudaClock(Clock):
 
 class CpuClock(Clock):
     device = "cpu"
-    most_sets = 32
+    most_sets = 16
     most_bytes = 1 << 29
     passes = 15
-    seconds = 0.25  # per figure, about
+    seconds = 0.2  # per figure, about
 
     def __init__(self) -> None:
         self.name = _cpu_name()
@@ -205,14 +205,14 @@ class CpuClock(Clock):
     def _passes(self, calls: Sequence[Call], count: int, cold: bool) -> float:
         took = []
         end = time.monotonic() + self.seconds
-        for i in range(self.passes):
+        for _ in range(self.passes):
             if cold:
                 self._far.sum()
             start = time.perf_counter_ns()
             for j in range(count):
                 calls[j % len(calls)]()
             took.append((time.perf_counter_ns() - start) / count)
-            if i >= 4 and time.monotonic() > end:
+            if len(took) > 1 and time.monotonic() > end:
                 break
         return min(took) / 1e3
 
