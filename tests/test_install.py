@@ -162,8 +162,8 @@ def test_names_for_type_checkers(tmp_path: Path) -> None:
     installed = [path for folder in kestrel_kernels.__path__ if (path := Path(folder) / "__init__.pyi").is_file()]
     assert [path.read_text() for path in installed] == [stub.read_text()]
     stated = set(re.findall(r" as (\w+)$", stub.read_text(), re.MULTILINE))
-    modules = {m for m in kestrel_kernels._MODULES if "." not in m}
-    assert stated == modules | set(kestrel_kernels._names())
+    modules = {m for m in vars(kestrel_kernels)["_MODULES"] if "." not in m}
+    assert stated == modules | set(vars(kestrel_kernels)["_names"]())
     pytest.importorskip("mypy")
     probe = tmp_path / "probe.py"
     probe.write_text(
