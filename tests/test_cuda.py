@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import kestrel_kernels as kk
 import numpy as np
 import pytest
-from support import CUDA_BACKENDS
-
-import kestrel_kernels as kk
 from kestrel_kernels.activation import gelu_residual_cuda
 from kestrel_kernels.kv_cache_write import reshape_and_cache_flash, rope_and_cache
 from kestrel_kernels.layernorm_cuda import layernorm_bias_cuda, layernorm_bias_reload_cuda
+from support import CUDA_BACKENDS
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not CUDA_BACKENDS, reason="no CUDA device")]
@@ -235,7 +234,9 @@ NO_KERNEL_YET: dict[str, Callable[[], Any]] = {
     "rotary_embedding": lambda: kk.rotary_embedding.rotary_embedding(
         _cuda(2, dtype="int64"), _cuda(2, 4, 8), None, 8, _cuda(4, 8, dtype="float32")
     ),
-    "tau_tail": lambda: kk.tau_tail_apply_into(_cuda(1, 2, 24), _cuda(1, 2, 4), _cuda(4, 2), _cuda(1, 2, dtype="int64")),
+    "tau_tail": lambda: kk.tau_tail_apply_into(
+        _cuda(1, 2, 24), _cuda(1, 2, 4), _cuda(4, 2), _cuda(1, 2, dtype="int64")
+    ),
     "rope_and_cache": lambda: rope_and_cache(
         _cuda(2, dtype="int64"), _cuda(2, 4, 8), _cuda(2, 4, 8), _cuda(2, 4, 8), _cuda(4, 8, dtype="float32"),
         _cuda(3, 1, 4, 8), _cuda(3, 1, 4, 8), _cuda(2, dtype="int64"), "auto", None, None,
