@@ -161,6 +161,8 @@ def new_array(like: Any, shape: Sequence[int], dtype: str | None = None) -> Any:
     if _is(like, "torch", "Tensor"):
         return like.new_empty(shape, dtype=dtype and getattr(sys.modules["torch"], dtype))
     if _is(like, "cupy", "ndarray"):
+        if dtype == "float8_e4m3fn":
+            dtype = "uint8"  # CuPy has no e4m3: its bits
         return sys.modules["cupy"].empty(shape, _numpy_dtype(dtype) if dtype else like.dtype)
     if _is(like, "numpy", "ndarray") or _is(like, "jax", "Array"):
         import numpy as np
