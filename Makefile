@@ -25,7 +25,7 @@ help: ## this list
 demo: .venv/.$(DEMO_BUILD) .venv/.model ## ask a language model something: make demo PROMPT="..."
 	@$(BIN)/kestrel-kernels demo --prompt "$$PROMPT" $(ARGS)
 
-test: .venv/.dev check ## build all that can be built here, lint, type check, test (what CI runs)
+test: .venv/.dev .venv/.model check ## build all that can be built here, lint, type check, test (what CI runs)
 	$(BIN)/python -m pytest $(ARGS)
 
 check: .venv/.dev ## lint and type check alone

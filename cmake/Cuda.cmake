@@ -47,7 +47,7 @@ if(KESTREL_CUDA)
   # A spill is a warning of ptxas, thus an error; a serialized wgmma is a note, which the launcher makes one.
   add_compile_options(
     "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-Xptxas=--warn-on-spills;-Xptxas=--warning-as-error>")
-  set(CMAKE_CUDA_COMPILER_LAUNCHER "${PROJECT_SOURCE_DIR}/cmake/nvcc.sh")
+  set(CMAKE_CUDA_COMPILER_LAUNCHER sh "${PROJECT_SOURCE_DIR}/cmake/nvcc.sh" ${CMAKE_CUDA_COMPILER_LAUNCHER})
   message(STATUS "CUDA kernels for ${KESTREL_CUDA_NAMES}, ${CMAKE_CUDA_COMPILER}")
 else()
   message(STATUS "No CUDA kernels: CPU only")

@@ -17,9 +17,10 @@ struct KvCacheWriteArgs {
 };
 
 // Checks caches, slots (but not their values), mode and scales against key, tokens, heads and head_size, which are
-// set; sets fp8, pages and page_size.
-void check_kv_cache(Contract& c, KvCacheWriteArgs* args, std::string_view kv_cache_dtype, const char* key_cache_name,
-                    const char* value_cache_name);
+// set; sets fp8, scales, pages and page_size.
+void check_kv_cache(Contract& c, KvCacheWriteArgs* args, std::string_view kv_cache_dtype,
+                    const std::optional<Value<float>>& k_scale, const std::optional<Value<float>>& v_scale,
+                    const char* key_cache_name, const char* value_cache_name);
 
 void check_slots(Contract& c, Stream stream, const KvCacheWriteArgs& args);  // the values of slot_mapping
 

@@ -12,9 +12,9 @@ KESTREL_CPU_TWIN(rope_and_cache, void(const kestrel::RopeAndCacheArgs& args));
 namespace kestrel {
 
 void rope_and_cache(Stream stream, Tensor positions, Tensor q, Tensor k, Tensor v, Tensor cos_sin_cache, Tensor k_cache,
-                    Tensor v_cache, Tensor slot_mapping, std::string_view kv_cache_dtype, Value<float> k_scale,
-                    Value<float> v_scale, bool interleaved, std::optional<Tensor> tok_qv_lin,
-                    std::optional<Tensor> tau_pos_table) {
+                    Tensor v_cache, Tensor slot_mapping, std::string_view kv_cache_dtype,
+                    std::optional<Value<float>> k_scale, std::optional<Value<float>> v_scale, bool interleaved,
+                    std::optional<Tensor> tok_qv_lin, std::optional<Tensor> tau_pos_table) {
   Contract c("rope_and_cache");
   RopeAndCacheArgs args{{positions, q, k, cos_sin_cache, interleaved}, {}, tok_qv_lin, tau_pos_table};
   c.out("q", q).dtype({DType::kBF16, DType::kF16});
@@ -22,9 +22,9 @@ void rope_and_cache(Stream stream, Tensor positions, Tensor q, Tensor k, Tensor 
   Dim key_heads("Hk");
   check_heads(c.in("k", k), q, key_heads);
   check_heads(c.in("v", v), q, key_heads);
-  args.write = {k,         v,          k_cache, v_cache, slot_mapping, k_scale, v_scale, false, token_rows(q, 2).count,
+  args.write = {k,         v,          k_cache, v_cache, slot_mapping, {}, {}, false, token_rows(q, 2).count,
                 key_heads, q.size(-1), 0,       0};
-  check_kv_cache(c, &args.write, kv_cache_dtype, "k_cache", "v_cache");
+  check_kv_cache(c, &args.write, kv_cache_dtype, k_scale, v_scale, "k_cache", "v_cache");
   int64_t table = cos_sin_cache.shape[0];
   c.require(tok_qv_lin.has_value() == tau_pos_table.has_value(), "tok_qv_lin and tau_pos_table",
             "given both or neither", std::string("one"));

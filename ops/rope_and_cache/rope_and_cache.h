@@ -14,7 +14,8 @@ namespace kestrel {
 
 KESTREL_API void rope_and_cache(Stream stream, Tensor positions, Tensor q, Tensor k, Tensor v, Tensor cos_sin_cache,
                                 Tensor k_cache, Tensor v_cache, Tensor slot_mapping, std::string_view kv_cache_dtype,
-                                Value<float> k_scale, Value<float> v_scale, bool interleaved,
-                                std::optional<Tensor> tok_qv_lin, std::optional<Tensor> tau_pos_table);
+                                std::optional<Value<float>> k_scale, std::optional<Value<float>> v_scale,
+                                bool interleaved, std::optional<Tensor> tok_qv_lin,
+                                std::optional<Tensor> tau_pos_table);
 
 }  // namespace kestrel

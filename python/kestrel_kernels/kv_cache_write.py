@@ -6,8 +6,6 @@ Caches are `[pages, page_size, H, D]`, of any strides with a contiguous last dim
 
 from __future__ import annotations
 
-from typing import Any
-
 from kestrel_kernels._op import Array, Op
 
 __all__ = ["reshape_and_cache_flash", "rope_and_cache"]
@@ -23,14 +21,6 @@ _rope_and_cache = Op(
     "tau_pos_table",
     writes="q k_cache v_cache",
 )
-
-
-def _scale(op: str, name: str, scale: Any, kv_cache_dtype: str) -> Any:
-    if scale is None:
-        if kv_cache_dtype != "auto":
-            raise TypeError(f"{op}: {name} must be a number or a float32 array, got None")
-        return 1.0
-    return scale
 
 
 def reshape_and_cache_flash(
@@ -61,8 +51,6 @@ def reshape_and_cache_flash(
         TypeError: a dtype that is not taken, or an immutable cache.
         ValueError: a shape, stride, alignment, device, mode or slot that does not fit.
     """
-    k_scale = _scale("reshape_and_cache_flash", "k_scale", k_scale, kv_cache_dtype)
-    v_scale = _scale("reshape_and_cache_flash", "v_scale", v_scale, kv_cache_dtype)
     _reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale)
 
 
@@ -100,8 +88,6 @@ def rope_and_cache(
         TypeError: a dtype that is not taken, or an immutable q or cache.
         ValueError: a shape, stride, alignment, device, mode, position or slot that does not fit.
     """
-    k_scale = _scale("rope_and_cache", "k_scale", k_scale, kv_cache_dtype)
-    v_scale = _scale("rope_and_cache", "v_scale", v_scale, kv_cache_dtype)
     _rope_and_cache(
         positions, q, k, v, cos_sin_cache, k_cache, v_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale,
         interleaved, tok_qv_lin, tau_pos_table,

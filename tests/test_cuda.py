@@ -1,0 +1,264 @@
+"""What holds on CUDA for every op alike: the caller's stream and device, graphs, dependent launches, checks on request.
+
+Each test runs for each op that has a kernel; the others say that they have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import kestrel_kernels as kk
+import numpy as np
+import pytest
+from kestrel_kernels.activation import gelu_residual_cuda
+from kestrel_kernels.kv_cache_write import reshape_and_cache_flash, rope_and_cache
+from kestrel_kernels.layernorm_cuda import layernorm_bias_cuda, layernorm_bias_reload_cuda
+from support import CUDA_BACKENDS
+
+torch = pytest.importorskip("torch")
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not CUDA_BACKENDS, reason="no CUDA device")]
+
+ROWS, WIDTH = 96, 2048
+Call = Callable[[Any, Any, Any], None]
+
+
+def _cache_write(out: Any, x: Any, slots: Any) -> None:
+    """Tokens of x into the pages of out, the key's and then the value's."""
+    pages = out.reshape(2, ROWS, 1, 16, -1)
+    tokens = x.reshape(ROWS, 16, -1)
+    reshape_and_cache_flash(tokens, tokens, pages[0], pages[1], slots, "auto", None, None)
+
+
+# op -> (call(out, x, slots), rows of out); x is [ROWS, WIDTH] bf16, out as wide or half as wide
+OPS: dict[str, tuple[Call, int, int]] = {
+    "gelu_residual": (lambda out, x, _: gelu_residual_cuda(out, x), ROWS, WIDTH // 2),
+    "layernorm": (lambda out, x, _: layernorm_bias_cuda(out, x, x[0], x[1], 1e-5), ROWS, WIDTH),
+    "layernorm_reload": (lambda out, x, _: layernorm_bias_reload_cuda(out, x, x[0], x[1], 1e-5), ROWS, WIDTH),
+    "kv_cache_write": (_cache_write, 2 * ROWS, WIDTH),
+}
+
+
+class Case:
+    """An op with its tensors on a device, and what it gives for an x, worked out on a quiet device."""
+
+    def __init__(self, op: str, device: str = "cuda:0") -> None:
+        self._call, rows, width = OPS[op]
+        self.x = torch.zeros(ROWS, WIDTH, dtype=torch.bfloat16, device=device)
+        self.out = torch.full((rows, width), torch.nan, dtype=torch.bfloat16, device=device)
+        self.slots = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def call(self) -> None:
+        self._call(self.out, self.x, self.slots)
+
+    def fresh(self, seed: int) -> Any:
+        return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(seed)).to(self.x)
+
+    def answer(self, x: Any) -> Any:
+        out = torch.full_like(self.out, torch.nan)
+        torch.cuda.synchronize()
+        self._call(out, x, self.slots)
+        torch.cuda.synchronize()
+        assert not out.isnan().any()
+        return out
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_side_stream(op: str) -> None:
+    """The work goes behind what stands on the caller's stream, which here is busy and fills x late."""
+    case = Case(op)
+    x = case.fresh(1)
+    want = case.answer(x)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        case.x.copy_(x)
+        case.call()
+    stream.synchronize()
+    assert torch.equal(case.out, want)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cupy_stream(op: str) -> None:
+    cupy = pytest.importorskip("cupy")
+    case = Case(op)
+    x = case.fresh(2)
+    want = case.answer(x)
+    call, _, _ = OPS[op]
+    as_cupy = [cupy.from_dlpack(t.view(torch.int16)).view("bfloat16") for t in (case.out, case.x, x)]
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)):
+        torch.cuda._sleep(100_000_000)
+    with stream:
+        as_cupy[1][...] = as_cupy[2]
+        call(as_cupy[0], as_cupy[1], cupy.from_dlpack(case.slots))
+    stream.synchronize()
+    assert torch.equal(case.out, want)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_graph(op: str) -> None:
+    """Captured once, replayed on other contents; a thousand replays give the same bits."""
+    case = Case(op)
+    case.call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        case.call()
+    for seed in range(3):
+        x = case.fresh(seed)
+        want = case.answer(x)
+        case.x.copy_(x)
+        case.out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(case.out, want)
+    differ = torch.zeros((), dtype=torch.bool, device="cuda")
+    for _ in range(1000):
+        graph.replay()
+        differ |= (case.out.view(torch.int16) != want.view(torch.int16)).any()
+    assert not differ
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_two_graphs_at_once(op: str) -> None:
+    """Captured on one stream, replayed on two: ops keep nothing on the device that they would share."""
+    cases = [Case(op), Case(op)]
+    graphs, wants = [], []
+    for seed, case in enumerate(cases):
+        x = case.fresh(seed)
+        wants.append(case.answer(x))
+        case.x.copy_(x)
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            for _ in range(50):
+                case.call()
+    torch.cuda.synchronize()
+    for graph in graphs:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(case.out, want) for case, want in zip(cases, wants, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 740, 9477])
+def test_chain(rows: int) -> None:
+    """Each kernel reads what the one before it wrote; dependent launches must not let it look early."""
+    ends = []
+    x = torch.randn(rows, WIDTH, device="cuda").bfloat16()
+    weight, bias = (torch.rand(WIDTH, device="cuda").bfloat16() for _ in range(2))
+
+    def chain(buffers: list[Any], between: Callable[[], None]) -> None:
+        for i in range(24):
+            layernorm_bias_cuda(buffers[(i + 1) % 3], buffers[i % 3], weight, bias, 1e-5)
+            between()
+            gelu_residual_cuda(buffers[i % 3][:, : WIDTH // 2], buffers[(i + 1) % 3])
+            between()
+            buffers[i % 3][:, WIDTH // 2 :].copy_(buffers[(i + 1) % 3][:, WIDTH // 2 :])
+            between()
+            buffers[(i + 1) % 3].copy_(buffers[i % 3])
+            between()
+
+    for captured in (False, True):
+        buffers = [x.clone() for _ in range(3)]
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                chain(buffers, lambda: None)
+            for buffer in buffers:
+                buffer.copy_(x)
+            graph.replay()
+        else:
+            chain(buffers, torch.cuda.synchronize)
+        torch.cuda.synchronize()
+        ends.append(buffers[0])
+    assert torch.equal(*ends) and not ends[0].isnan().any()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_second_device(op: str) -> None:
+    """Tensors on a device that is not the current one; the current one stays."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one device")
+    first, second = Case(op, "cuda:0"), Case(op, "cuda:1")
+    x = first.fresh(3)
+    want = first.answer(x)
+    second.x.copy_(x)
+    second.call()
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(second.out.cpu(), want.cpu())
+    with pytest.raises(ValueError, match="must be on cuda:1 like x, got cuda:0"):
+        gelu_residual_cuda(first.out[:, : WIDTH // 2], second.x)
+
+
+@pytest.mark.parametrize("bad", [ROWS, 2**40, -1, -(2**40)])
+def test_slots_out_of_range(bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are skipped, and nothing outside the caches changes; KESTREL_CHECK=1 names the first that is too large."""
+    case = Case("kv_cache_write")
+    guard = 4 * WIDTH
+    memory = torch.full((case.out.numel() + 2 * guard,), 7.0, dtype=torch.bfloat16, device="cuda")
+    case.out = memory[guard:-guard].view_as(case.out)
+    case.x.copy_(case.fresh(4))
+    case.slots[5] = bad
+    monkeypatch.delenv("KESTREL_CHECK", raising=False)
+    case.call()
+    torch.cuda.synchronize()
+    left_out = (case.out.view(2, ROWS, -1) == 7).all(-1).sum(-1)
+    assert left_out.tolist() == [1, 1]
+    assert (memory[:guard] == 7).all() and (memory[-guard:] == 7).all()
+    monkeypatch.setenv("KESTREL_CHECK", "1")
+    if bad < 0:
+        case.call()
+    else:
+        with pytest.raises(
+            ValueError, match=rf"slot_mapping must lie in \[0, 96\) or be negative, got {bad} at index 5"
+        ):
+            case.call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # under capture it is left out
+        case.call()
+
+
+def _cuda(*shape: int, dtype: str = "bfloat16") -> Any:
+    return torch.zeros(shape, dtype=getattr(torch, dtype), device="cuda")
+
+
+NO_KERNEL_YET: dict[str, Callable[[], Any]] = {
+    "embedding": lambda: kk.embedding.embedding(_cuda(4, 8), _cuda(2, dtype="int64")),
+    "rmsnorm": lambda: kk.rmsnorm(_cuda(2, 8), _cuda(8)),
+    "moe_sum": lambda: kk.moe_sum.moe_sum(_cuda(2, 8, 16)),
+    "fp8_quant": lambda: kk.fp8_quant.fp8_quant(_cuda(2, 16)),
+    "linear": lambda: kk.linear(_cuda(2, 8), _cuda(4, 8)),
+    "fused_mlp": lambda: kk.fused_mlp.fused_mlp(_cuda(2, 8), _cuda(4, 8), _cuda(4), _cuda(8, 4), _cuda(8), _cuda(2, 8)),
+    "topk_fwd": lambda: kk.topk_fwd(_cuda(2, 64), 8),
+    "topk_router": lambda: kk.topk_router(_cuda(2, 64), 8),
+    "sample_top_k": lambda: kk.sample_top_k(_cuda(2, 64), 8, 1.0, 0, 0),
+    "rotary_embedding": lambda: kk.rotary_embedding.rotary_embedding(
+        _cuda(2, dtype="int64"), _cuda(2, 4, 8), None, 8, _cuda(4, 8, dtype="float32")
+    ),
+    "tau_tail": lambda: kk.tau_tail_apply_into(
+        _cuda(1, 2, 24), _cuda(1, 2, 4), _cuda(4, 2), _cuda(1, 2, dtype="int64")
+    ),
+    "rope_and_cache": lambda: rope_and_cache(
+        _cuda(2, dtype="int64"), _cuda(2, 4, 8), _cuda(2, 4, 8), _cuda(2, 4, 8), _cuda(4, 8, dtype="float32"),
+        _cuda(3, 1, 4, 8), _cuda(3, 1, 4, 8), _cuda(2, dtype="int64"), "auto", None, None,
+    ),
+    "attention": lambda: kk.flash_attn_func(*[_cuda(1, 4, 2, 8)] * 3),
+    "merge_state": lambda: kk.merge_state(*[_cuda(1, 4, 2, 8), _cuda(1, 2, 4, dtype="float32")] * 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", NO_KERNEL_YET)
+def test_no_kernel_yet(op: str) -> None:
+    with pytest.raises(NotImplementedError, match="has no CUDA kernel yet, got tensors on cuda:0"):
+        NO_KERNEL_YET[op]()
+
+
+def test_twins_agree() -> None:
+    """CPU and CUDA round the same fp32 arithmetic: one unit of bf16 apart at most."""
+    for op in OPS:
+        case = Case(op)
+        x = case.fresh(5)
+        want = case.answer(x).cpu()
+        out = torch.full_like(want, torch.nan)
+        OPS[op][0](out, x.cpu(), case.slots.cpu())
+        units = np.abs(out.view(torch.int16).numpy().astype(int) - want.view(torch.int16).numpy().astype(int))
+        assert units.max() <= 1 or torch.allclose(out.float(), want.float(), rtol=2**-7, atol=1e-6), op
