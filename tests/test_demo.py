@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kestrel_kernels import _cli
+from kestrel_kernels import _cli, sample_top_k
 
 gguf = pytest.importorskip("gguf")
 for needed in ("jinja2", "matplotlib", "rich", "tokenizers"):
@@ -181,6 +182,10 @@ def test_drawn_answers(model: Model, tokenizer: Tokenizer) -> None:
     assert hot == draw(temperature=1.5, top_k=100, seed=1)
     assert hot != draw(temperature=1.5, top_k=100, seed=2)
     assert draw(temperature=1.5, top_k=1, seed=5) == draw()
+    # The draw of token t is that of offset t: the whole answer is one call on the logits before its tokens.
+    prompt = tokenizer.chat("Tell me a story.")
+    logits = forced(model, prompt + hot, len(prompt))[len(prompt) - 1 : -1].astype(ml_dtypes.bfloat16)
+    assert np.array_equal(sample_top_k(logits, 100, 1.5, seed=1, offset=0), hot)
 
 
 def test_cache_gives_the_same_model(loaded: gguf_model.GGUFModel, cache: Path) -> None:
@@ -281,6 +286,12 @@ def test_prompt_is_escaped_in_the_page(run: Any, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     status, _, _ = run("demo", "--prompt", "<b>&", "--max-tokens", 1, "--report", page)
     assert status == 0 and "&lt;b&gt;&amp;" in page.read_text()
+
+
+def test_any_prompt(run: Any) -> None:
+    """Bytes that are no UTF-8 come from the shell as lone surrogates."""
+    assert run("demo", "--prompt", "\udcff", "--max-tokens", 1)[0] == 0
+    assert run("demo", "--prompt", "", "--max-tokens", 1)[0] == 0
 
 
 def write_gguf(path: Path, architecture: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status; 2 for bad arguments, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = _parser().parse_args(argv[:1]).command
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an output that lacks a character shows '?', and goes on
+        sys.stdout.reconfigure(errors="replace")
     try:
         return importlib.import_module(COMMANDS[command][0]).main(argv[1:]) or 0
     except KeyboardInterrupt:

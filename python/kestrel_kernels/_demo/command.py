@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,7 +116,8 @@ def _demo(args: argparse.Namespace) -> int:
         from kestrel_kernels._demo.model import Model
 
         model = Model(loaded)
-        prompt = tokenizer.chat(args.prompt)
+        question = os.fsencode(args.prompt).decode("utf-8", "replace")  # what came as bytes that are no UTF-8
+        prompt = tokenizer.chat(question)
         session = Session(model, len(prompt) + args.max_tokens, args.kv_cache_dtype, args.seed & 0x7FFFFFFF)
         load_seconds = perf_counter() - start
         progress.update(task, description="measuring the machine")
@@ -138,7 +140,7 @@ def _demo(args: argparse.Namespace) -> int:
         f"temperature {args.temperature:g}, top {args.top_k}, seed {args.seed}" if args.temperature else "greedy"
     )
     run = report.Run(
-        path.stem, args.prompt, "".join(pieces), ", ".join(settings), len(prompt), generation.tokens,
+        path.stem, question, "".join(pieces), ", ".join(settings), len(prompt), generation.tokens,
         generation.prefill_seconds, generation.decode_seconds, load_seconds, meter.cpu_name(), roof, generation.rows(),
     )  # fmt: skip
     report.print_table(run, Console())
