@@ -138,7 +138,7 @@ def forced(model: Model, ids: list[int], prompt: int, kv_cache_dtype: str = "aut
 
 
 @pytest.mark.parametrize(
-    ("kv_cache_dtype", "mean", "least", "same"), [("auto", 0.999, 0.99, 0.98), ("fp8", 0.995, 0.9, 0.95)]
+    ("kv_cache_dtype", "mean", "least", "same"), [("auto", 0.999, 0.99, 0.98), ("fp8", 0.995, 0.85, 0.95)]
 )
 def test_logits(model: Model, expected: Any, kv_cache_dtype: str, mean: float, least: float, same: float) -> None:
     cosines, tops = [], []
