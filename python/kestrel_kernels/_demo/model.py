@@ -122,8 +122,8 @@ class Pass:
             norm(h, x, f"{i}.attention_norm")
             linear(qkv, h, f"{i}.qkv")
             run = partial(
-                rope_and_cache, positions, q_t, k_t, v_t, table, keys, values, slots, cache.kv_cache_dtype, cache.k_scale, cache.v_scale,
-                interleaved=True,
+                rope_and_cache, positions, q_t, k_t, v_t, table, keys, values, slots, cache.kv_cache_dtype,
+                cache.k_scale, cache.v_scale, interleaved=True,
             )  # fmt: skip
             moved = 2 * q.nbytes + k.nbytes + v.nbytes + tokens * (token_bytes + c.rotary_dim * 4 + 16)
             calls.append(Call("rope_and_cache", run, Cost(moved, 3 * (q.size + k.size))))
