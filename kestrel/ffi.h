@@ -119,6 +119,42 @@ auto bind(void (*op)(Stream, Args...)) {
   };
 }
 
+// The types of an op's arguments as torch.library writes them, in order; "value" is a number or a tensor.
+template <class T>
+inline constexpr const char* kTypeName = nullptr;
+template <>
+inline constexpr const char* kTypeName<Tensor> = "Tensor";
+template <>
+inline constexpr const char* kTypeName<bool> = "bool";
+template <>
+inline constexpr const char* kTypeName<int64_t> = "int";
+template <>
+inline constexpr const char* kTypeName<float> = "float";
+template <>
+inline constexpr const char* kTypeName<std::string_view> = "str";
+template <>
+inline constexpr const char* kTypeName<Value<float>> = "value float";
+template <>
+inline constexpr const char* kTypeName<Value<int64_t>> = "value int";
+template <>
+inline constexpr const char* kTypeName<std::optional<Tensor>> = "Tensor?";
+template <>
+inline constexpr const char* kTypeName<std::optional<int64_t>> = "int?";
+template <>
+inline constexpr const char* kTypeName<std::optional<float>> = "float?";
+template <class T>
+inline constexpr const char* kTypeName<std::optional<Value<T>>> = kTypeName<Value<T>>;
+
+template <class... Args>
+ffi::String types_of(void (*)(Stream, Args...)) {
+  std::string names;
+  ((names += names.empty() ? "" : ",", names += kTypeName<Args>), ...);
+  return names;
+}
+
 }  // namespace kestrel::binding
 
-#define KESTREL_EXPORT(op) TVM_FFI_DLL_EXPORT_TYPED_FUNC(op, ::kestrel::binding::bind(&::kestrel::op))
+#define KESTREL_EXPORT_AS(name, op)                                              \
+  TVM_FFI_DLL_EXPORT_TYPED_FUNC(name, ::kestrel::binding::bind(&::kestrel::op)); \
+  TVM_FFI_DLL_EXPORT_TYPED_FUNC(name##_types, [] { return ::kestrel::binding::types_of(&::kestrel::op); })
+#define KESTREL_EXPORT(op) KESTREL_EXPORT_AS(op, op)

@@ -43,7 +43,7 @@ void flat(Stream stream, Tensor out, std::optional<Tensor> lse, Tensor q, Tensor
 }  // namespace
 }  // namespace kestrel
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(flash_attn_func, kestrel::binding::bind(&kestrel::flat<kestrel::Face::kFunc>));
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(flash_attn_varlen_func, kestrel::binding::bind(&kestrel::flat<kestrel::Face::kVarlen>));
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(flash_attn_with_kvcache, kestrel::binding::bind(&kestrel::flat<kestrel::Face::kKvCache>));
+KESTREL_EXPORT_AS(flash_attn_func, flat<kestrel::Face::kFunc>);
+KESTREL_EXPORT_AS(flash_attn_varlen_func, flat<kestrel::Face::kVarlen>);
+KESTREL_EXPORT_AS(flash_attn_with_kvcache, flat<kestrel::Face::kKvCache>);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(last_attention_kernel, [] { return tvm::ffi::String(kestrel::last_attention_kernel()); });

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from kestrel_kernels import _library
+from kestrel_kernels import _compiled, _library
 
 Array = Any  # torch.Tensor, numpy.ndarray, jax.Array, cupy.ndarray, or any other object that speaks DLPack
 ArrayT = TypeVar("ArrayT")
@@ -21,20 +21,26 @@ ArrayT = TypeVar("ArrayT")
 _SCALARS = frozenset({int, float, bool, str, type(None)})
 _direct = _SCALARS  # types that go straight through: with tvm_ffi.Tensor, from the first call on
 _torch_types: frozenset[type] = frozenset()  # filled on the first call, which imports torch where there is one
+_ops: dict[str, Op] = {}
 
 
 class Op:
     """A function of the library, bound on first use."""
 
-    __slots__ = ("_arguments", "_function", "_writes", "name")
+    __slots__ = ("_arguments", "_function", "_operator_types", "_writes", "name")
 
     def __init__(self, name: str, arguments: str, writes: str) -> None:
         self.name = name
         self._arguments = arguments.split()
         self._writes = frozenset(writes.split())
         self._function: Callable[..., None] | None = None
+        self._operator_types: str | None = None
+        _ops[name] = self
 
     def __call__(self, *args: Any) -> None:
+        if _in_graph():
+            _compiled.call(self.name, _operator_types(self.name), args)
+            return
         function = self._function or self._bind()
         for arg in args:
             kind = type(arg)
@@ -49,11 +55,11 @@ class Op:
         self._call_converted(function, args)
 
     def _bind(self) -> Callable[..., None]:
-        global _direct, _torch_types
+        global _direct
         self._function = function = getattr(_library.load(), self.name)
         _direct = _SCALARS | {sys.modules["tvm_ffi"].Tensor}
         if torch := sys.modules.get("torch"):
-            _torch_types = frozenset({torch.Tensor, torch.nn.Parameter})
+            _know_torch(torch)
         return function
 
     def _call_converted(self, function: Callable[..., None], args: Sequence[Any]) -> None:
@@ -63,6 +69,31 @@ class Op:
         ]
         with _stream_of(args):
             function(*converted)
+
+    def operator_types(self) -> str:
+        """Of the operator that stands for this op in a graph; made now if it was not."""
+        if self._operator_types is None:
+            self._operator_types = _compiled.register(self, self._arguments, self._writes)
+        return self._operator_types
+
+
+def _operator_types(name: str) -> str:
+    return _ops[name].operator_types()
+
+
+def _in_graph() -> bool:
+    """Does torch.compile trace this call? In eager calls False at once."""
+    return False
+
+
+def _know_torch(torch: Any) -> None:
+    global _in_graph, _operator_types, _torch_types
+    if _torch_types:
+        return
+    _torch_types = frozenset({torch.Tensor, torch.nn.Parameter})
+    _in_graph = torch.compiler.is_dynamo_compiling
+    # Called while a graph is traced, not in the graph.
+    _operator_types = torch.compiler.assume_constant_result(_operator_types)
 
 
 def _is(array: Any, module: str, name: str) -> bool:
@@ -190,3 +221,7 @@ def _numpy_dtype(name: str) -> Any:
 
         return np.dtype(getattr(ml_dtypes, name))
     return np.dtype(name)
+
+
+if "torch" in sys.modules:  # else on the first call: a graph may be the first caller
+    _know_torch(sys.modules["torch"])
