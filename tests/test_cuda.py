@@ -12,6 +12,8 @@ import kestrel_kernels as kk
 import numpy as np
 import pytest
 from kestrel_kernels.activation import gelu_residual_cuda
+from kestrel_kernels.embedding import embedding_into
+from kestrel_kernels.fp8_quant import fp8_e4m3fn_rowwise_quant_cuda, fp8_e4m3fn_tensor_quant_cuda
 from kestrel_kernels.kv_cache_write import reshape_and_cache_flash, rope_and_cache
 from kestrel_kernels.layernorm_cuda import layernorm_bias_cuda, layernorm_bias_reload_cuda
 from support import CUDA_BACKENDS
@@ -30,12 +32,29 @@ def _cache_write(out: Any, x: Any, slots: Any) -> None:
     reshape_and_cache_flash(tokens, tokens, pages[0], pages[1], slots, "auto", None, None)
 
 
-# op -> (call(out, x, slots), rows of out); x is [ROWS, WIDTH] bf16, out as wide or half as wide
+def _quant(form: Callable[[Any, Any, Any], None], scales: int) -> tuple[Call, int, int]:
+    """The bits of x, then its scales, as the bytes of one row."""
+
+    def call(out: Any, x: Any, _: Any) -> None:
+        bits, scale = out[0, : ROWS * WIDTH // 2], out[0, ROWS * WIDTH // 2 :]
+        form(bits.view(_dtype(out, "uint8")).reshape(ROWS, WIDTH), scale.view(_dtype(out, "float32")), x)
+
+    return call, 1, ROWS * WIDTH // 2 + 2 * scales
+
+
+def _dtype(array: Any, name: str) -> Any:
+    return getattr(torch, name) if isinstance(array, torch.Tensor) else name
+
+
+# op -> (call(out, x, slots), rows and width of out); x is [ROWS, WIDTH], both bf16
 OPS: dict[str, tuple[Call, int, int]] = {
     "gelu_residual": (lambda out, x, _: gelu_residual_cuda(out, x), ROWS, WIDTH // 2),
     "layernorm": (lambda out, x, _: layernorm_bias_cuda(out, x, x[0], x[1], 1e-5), ROWS, WIDTH),
     "layernorm_reload": (lambda out, x, _: layernorm_bias_reload_cuda(out, x, x[0], x[1], 1e-5), ROWS, WIDTH),
     "kv_cache_write": (_cache_write, 2 * ROWS, WIDTH),
+    "embedding": (embedding_into, ROWS, WIDTH),
+    "fp8_quant_row": _quant(fp8_e4m3fn_rowwise_quant_cuda, ROWS),
+    "fp8_quant_tensor": _quant(fp8_e4m3fn_tensor_quant_cuda, 1),
 }
 
 
@@ -222,10 +241,8 @@ def _cuda(*shape: int, dtype: str = "bfloat16") -> Any:
 
 
 NO_KERNEL_YET: dict[str, Callable[[], Any]] = {
-    "embedding": lambda: kk.embedding.embedding(_cuda(4, 8), _cuda(2, dtype="int64")),
     "rmsnorm": lambda: kk.rmsnorm(_cuda(2, 8), _cuda(8)),
     "moe_sum": lambda: kk.moe_sum.moe_sum(_cuda(2, 8, 16)),
-    "fp8_quant": lambda: kk.fp8_quant.fp8_quant(_cuda(2, 16)),
     "linear": lambda: kk.linear(_cuda(2, 8), _cuda(4, 8)),
     "fused_mlp": lambda: kk.fused_mlp.fused_mlp(_cuda(2, 8), _cuda(4, 8), _cuda(4), _cuda(8, 4), _cuda(8), _cuda(2, 8)),
     "topk_fwd": lambda: kk.topk_fwd(_cuda(2, 64), 8),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kestrel_kernels.embedding import embedding, embedding_into
-from support import BACKENDS, HAS_JAX, Backend, random, require_kernel
+from support import BACKENDS, CUDA_BACKENDS, HAS_JAX, Backend, random
 
 DTYPES = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "uint8", "int32", "int64")
 
@@ -20,7 +20,6 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 @pytest.mark.parametrize("id_dtype", ["int32", "int64"])
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (7,), (2, 3), (2, 0, 3), (2, 1, 2, 1, 3)])
 def test_values(backend: Backend, dtype: str, id_dtype: str, shape: tuple[int, ...]) -> None:
-    require_kernel(backend)
     table = backend.array(random((11, 24), scale=50), dtype)
     ids = backend.array(np.random.default_rng(1).integers(0, 11, shape), id_dtype)
     want = backend.bits(table)[backend.bits(ids)]
@@ -41,7 +40,6 @@ def test_odd_shapes(
     rows: int, width: int, count: int, offset: int, gap: int, step: int, dtype: str, backend: Backend
 ) -> None:
     """Rows at any offset and stride, ids of any stride; what lies between the rows of out stays as it was."""
-    require_kernel(backend)
     table = backend.array(random((rows, offset + width + gap), scale=50), dtype)[:, offset : offset + width]
     ids = backend.array(np.random.default_rng(2).integers(0, rows, (count, 2 * step)), "int64")[:, ::step]
     poison = backend.poisoned((count, 2, offset + width + gap), dtype)
@@ -53,12 +51,45 @@ def test_odd_shapes(
 
 def test_large_rows(backend: Backend) -> None:
     """Enough bytes for every thread; broadcast ids."""
-    require_kernel(backend)
     table = backend.array(random((50, 4096)), "float32")
     ids = np.broadcast_to(np.array([49, 0, 7], np.int32), (80, 3))
     given_ids = backend.array([[49, 0, 7]], "int32")
     given_ids = given_ids.expand(80, 3) if backend.framework == "torch" else np.broadcast_to(given_ids, (80, 3))
     assert same_bits(backend.bits(embedding(table, given_ids)), backend.bits(table)[ids])
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8, 16, 17, 24, 32, 1024, 4096])
+@pytest.mark.parametrize("dtype", ["uint8", "bfloat16"])
+def test_widths(backend: Backend, width: int, dtype: str) -> None:
+    """Many rows, as wide as each unit of the copy."""
+    table = backend.array(random((50, width), scale=50), dtype)
+    ids = backend.array(np.random.default_rng(3).integers(0, 50, (300,)), "int32")
+    assert same_bits(backend.bits(embedding(table, ids)), backend.bits(table)[backend.bits(ids)])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not CUDA_BACKENDS, reason="no CUDA device")
+@pytest.mark.parametrize("bad", [8, 2**31 - 1, 2**40, 2**63 - 1, -1, -(2**31), -(2**63)])
+@pytest.mark.parametrize("width", [64, 7])
+def test_ids_out_of_range(bad: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA their rows become zeros, and nothing else changes; KESTREL_CHECK=1 names the first."""
+    monkeypatch.delenv("KESTREL_CHECK", raising=False)
+    for backend in CUDA_BACKENDS:
+        table = backend.array(random((8, width)), "bfloat16")
+        for id_dtype in ("int64", "int32") if -(2**31) <= bad < 2**31 else ("int64",):
+            ids = backend.array([3, bad, 0], id_dtype)
+            whole = backend.poisoned((5, width), "bfloat16")
+            want = backend.bits(whole)
+            want[1:4] = backend.bits(table)[[3, 0, 0]]
+            want[2] = 0
+            embedding_into(whole[1:4], table, ids)
+            assert same_bits(backend.bits(whole), want)
+            with monkeypatch.context() as checked, pytest.raises(ValueError, match=rf"\[0, 8\), got {bad} at index 1"):
+                checked.setenv("KESTREL_CHECK", "1")
+                embedding_into(whole[1:4], table, ids)
+            assert same_bits(backend.bits(whole), want)
+            embedding_into(whole[1:4], table[:0], ids)
+            assert (backend.numpy(whole[1:4]) == 0).all()
 
 
 def test_nan_payloads_survive() -> None:
@@ -100,16 +131,16 @@ def bad_calls(b: Backend) -> list[tuple[type[Exception], str, object, object, ob
 
 
 @pytest.mark.parametrize("case", range(12))
-def test_bad_input(backend: Backend, case: int) -> None:
-    require_kernel(backend)
+def test_bad_input(backend: Backend, case: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KESTREL_CHECK", "1")
     error, message, out, table, ids = bad_calls(backend)[case]
     with pytest.raises(error, match=f"^embedding: {message}"):
         embedding_into(out, table, ids)
     assert np.isnan(backend.numpy(out)).all()
 
 
-def test_bad_functional(backend: Backend) -> None:
-    require_kernel(backend)
+def test_bad_functional(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KESTREL_CHECK", "1")
     table = backend.array(random((6, 8)), "bfloat16")
     with pytest.raises(TypeError, match=r"^embedding: ids must be an array"):
         embedding(table, 3)

@@ -2,11 +2,15 @@
 
 #include "kestrel/contract.h"
 #include "kestrel/cpu/target.h"
+#include "kestrel/cuda.h"
 #include "ops/embedding/args.h"
 
 KESTREL_CPU_TWIN(embedding, void(const kestrel::EmbeddingArgs& args));
 
 namespace kestrel {
+namespace cuda {
+void embedding(Stream stream, const EmbeddingArgs& args);
+}
 
 void embedding(Stream stream, Tensor out, Tensor table, Tensor ids) {
   Contract c("embedding");
@@ -26,8 +30,11 @@ void embedding(Stream stream, Tensor out, Tensor table, Tensor ids) {
   c.indices(stream, "ids", ids, 0, table.size(0), false);
   args.row_bytes = table.size(1) * size_of(table.dtype);
   if (out.empty()) return;
-  c.cpu_only();
-  cpu::embedding(args);
+  if (c.on_cpu()) return cpu::embedding(args);
+  if constexpr (kHasCuda) {
+    DeviceGuard guard(out.device);
+    cuda::embedding(stream, args);
+  }
 }
 
 }  // namespace kestrel

@@ -16,12 +16,12 @@ def embedding_into(out: Array, table: Array, ids: Array) -> None:
         out: `[..., N]`, dtype of table; rows of any stride; written. It must share no memory with table.
         table: `[V, N]`, any dtype of whole bytes; rows of any stride.
         ids: `[...]`, int32 or int64, up to 5 dimensions (none: one row) that fold into two strides; each in
-            `[0, V)`.
+            `[0, V)`. On CUDA the row of another id becomes zeros.
 
     Raises:
         TypeError: a dtype that is not taken, or an immutable `out`.
-        ValueError: a shape, stride, alignment or device that does not fit, or (on the CPU, before any write) an id
-            outside `[0, V)`.
+        ValueError: a shape, stride, alignment or device that does not fit, or (on the CPU, and on CUDA with
+            KESTREL_CHECK=1; before any write) an id outside `[0, V)`.
     """
     _embedding(out, table, ids)
 
