@@ -12,17 +12,6 @@ __device__ __forceinline__ void wait_for_predecessor() {
 #endif
 }
 
-// Has `value` computed here: before a wait that follows, instead of wherever the compiler would move it.
-template <class T>
-__device__ __forceinline__ void compute_now(T& value) {
-  if constexpr (sizeof(T) == 8) {
-    asm volatile("" : "+l"(value));
-  } else {
-    static_assert(sizeof(T) == 4);
-    asm volatile("" : "+r"(value));
-  }
-}
-
 // griddepcontrol.launch_dependents: the following grid may be placed. It publishes nothing.
 __device__ __forceinline__ void release_successor() {
 #if __CUDA_ARCH__ >= 900

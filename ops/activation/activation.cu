@@ -1,7 +1,7 @@
 // A thread makes one vector of 16 bytes of the output from one of each half; the grid is flat over the vectors of all
 // rows. Rows of two strides, odd widths and unaligned addresses go element by element.
 // Bound by memory, 3 elements moved for each one written: the same kernel without the gate is no faster at 5920 x 1024.
-// Small calls are bound by latency, so a vector's address is one multiplication away from its index, before the wait.
+// Small calls are bound by latency, so a vector's address is one multiplication away from its index.
 #include "kestrel/hopper/divide.cuh"
 #include "kestrel/hopper/pdl.cuh"
 #include "kestrel/hopper/vec.cuh"
@@ -29,7 +29,6 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const __grid_const
   uint32_t row, column;
   args.vectors_per_row(vector, &row, &column);
   const T* x = args.x + row * args.x_stride + column * kVec;
-  compute_now(x);
   wait_for_predecessor();
   release_successor();
   if (vector >= args.vectors) return;

@@ -1,7 +1,7 @@
 // A thread takes a vector of one head of one token: 16 elements that become 16 bytes of e4m3, or 16 bytes copied; key
 // and value are the two halves of the grid. Layouts that the vectors do not fit go element by element. Bound by memory,
 // 3 bytes an element in fp8 and 4 in 16 bits: scattered pieces of 2 KB (page size 1, 32 heads of 64) go out as fast as
-// a stream. Small calls are bound by latency: the source's address is ready before the wait.
+// a stream.
 #include <algorithm>
 
 #include "kestrel/hopper/divide.cuh"
@@ -58,7 +58,6 @@ __global__ void __launch_bounds__(kThreads) kv_cache_write_kernel(const __grid_c
   args.vectors_per_token(vector, &token, &rest);
   args.vectors_per_head(rest, &head, &column);
   const T* source = (is_value ? args.value : args.key) + token * args.token + head * args.head + column * kVec;
-  compute_now(source);
   const float scale = (is_value ? args.v_scale : args.k_scale).at(vector < args.vectors ? head : 0);
   wait_for_predecessor();
   release_successor();

@@ -92,7 +92,6 @@ __global__ void __launch_bounds__(kTileThreads) layernorm_kernel(const __grid_co
     weight[v] = load<Tile::kSize>(args.weight + column(v));
     bias[v] = load<Tile::kSize>(args.bias + column(v));
   }
-  compute_now(x_row);
   wait_for_predecessor();
   release_successor();
   if (row >= args.rows) return;  // whole warps: a row of more lanes has its block alone
