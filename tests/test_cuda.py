@@ -14,6 +14,8 @@ import pytest
 from kestrel_kernels.activation import gelu_residual_cuda
 from kestrel_kernels.kv_cache_write import reshape_and_cache_flash, rope_and_cache
 from kestrel_kernels.layernorm_cuda import layernorm_bias_cuda, layernorm_bias_reload_cuda
+from kestrel_kernels.moe_sum import moe_sum
+from kestrel_kernels.norm import rmsnorm_into
 from support import CUDA_BACKENDS
 
 torch = pytest.importorskip("torch")
@@ -30,11 +32,20 @@ def _cache_write(out: Any, x: Any, slots: Any) -> None:
     reshape_and_cache_flash(tokens, tokens, pages[0], pages[1], slots, "auto", None, None)
 
 
+def _rmsnorm_residual(out: Any, x: Any, _: Any) -> None:
+    """The norm of 2x into one half of out, the residual it becomes in the other."""
+    out[ROWS:] = x
+    rmsnorm_into(out[:ROWS], x, x[0], 1e-6, out[ROWS:])
+
+
 # op -> (call(out, x, slots), rows of out); x is [ROWS, WIDTH] bf16, out as wide or half as wide
 OPS: dict[str, tuple[Call, int, int]] = {
     "gelu_residual": (lambda out, x, _: gelu_residual_cuda(out, x), ROWS, WIDTH // 2),
     "layernorm": (lambda out, x, _: layernorm_bias_cuda(out, x, x[0], x[1], 1e-5), ROWS, WIDTH),
     "layernorm_reload": (lambda out, x, _: layernorm_bias_reload_cuda(out, x, x[0], x[1], 1e-5), ROWS, WIDTH),
+    "rmsnorm": (lambda out, x, _: rmsnorm_into(out, x, x[0], 1e-6), ROWS, WIDTH),
+    "rmsnorm_residual": (_rmsnorm_residual, 2 * ROWS, WIDTH),
+    "moe_sum": (lambda out, x, _: moe_sum(x.reshape(-1, 8, WIDTH), out), ROWS // 8, WIDTH),
     "kv_cache_write": (_cache_write, 2 * ROWS, WIDTH),
 }
 
@@ -223,8 +234,6 @@ def _cuda(*shape: int, dtype: str = "bfloat16") -> Any:
 
 NO_KERNEL_YET: dict[str, Callable[[], Any]] = {
     "embedding": lambda: kk.embedding.embedding(_cuda(4, 8), _cuda(2, dtype="int64")),
-    "rmsnorm": lambda: kk.rmsnorm(_cuda(2, 8), _cuda(8)),
-    "moe_sum": lambda: kk.moe_sum.moe_sum(_cuda(2, 8, 16)),
     "fp8_quant": lambda: kk.fp8_quant.fp8_quant(_cuda(2, 16)),
     "linear": lambda: kk.linear(_cuda(2, 8), _cuda(4, 8)),
     "fused_mlp": lambda: kk.fused_mlp.fused_mlp(_cuda(2, 8), _cuda(4, 8), _cuda(4), _cuda(8, 4), _cuda(8), _cuda(2, 8)),

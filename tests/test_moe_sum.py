@@ -55,6 +55,17 @@ def test_odd_shapes(
     assert np.isnan(np.delete(backend.numpy(whole), columns, axis=1)).all()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("experts", [8, 5])
+def test_wide_strides(backend: Backend, dtype: str, experts: int) -> None:
+    """Every other expert of rows that lie a little apart, and all of them a multiple of 16 bytes."""
+    x = backend.array(random((7, 2 * experts + 1, 208)), dtype)[:, : 2 * experts : 2, 8:200]
+    whole = backend.poisoned((7, 224), dtype)
+    moe_sum(x, whole[:, 16:208])
+    assert np.array_equal(backend.bits(whole)[:, 16:208], expected(backend, x))
+    assert np.isnan(np.delete(backend.numpy(whole), np.s_[16:208], axis=1)).all()
+
+
 @pytest.mark.parametrize("experts", [8, 5])
 def test_order(backend: Backend, experts: int) -> None:
     """In fp32, 2^24 + 1 + ... + 1 - 2^24 is 0 from the left, and something else in any other order."""
