@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kestrel_kernels.moe_sum import moe_sum
-from support import BACKENDS, FLOATS, HAS_JAX, Backend, assert_close, random, require_kernel
+from support import BACKENDS, FLOATS, HAS_JAX, Backend, assert_close, random
 
 
 def expected(backend: Backend, x: Any) -> np.ndarray:
@@ -28,7 +28,6 @@ def expected(backend: Backend, x: Any) -> np.ndarray:
     [(1, 1, 1), (0, 8, 16), (3, 0, 5), (3, 8, 0), (5, 8, 33), (16, 8, 2048), (4, 6, 1025), (2, 3, 512), (1, 64, 7)],
 )
 def test_values(backend: Backend, dtype: str, shape: tuple[int, ...]) -> None:
-    require_kernel(backend)
     x = backend.array(random(shape), dtype)
     out = backend.poisoned((shape[0], shape[2]), dtype)
     assert moe_sum(x, out) is None
@@ -47,7 +46,6 @@ def test_odd_shapes(
     tokens: int, experts: int, width: int, offset: int, gap: int, skip: int, dtype: str, backend: Backend
 ) -> None:
     """Strided tokens, experts and columns of larger arrays; what lies between the outputs stays as it was."""
-    require_kernel(backend)
     columns = np.s_[offset : offset + width]
     x = backend.array(random((tokens * skip, experts * skip, offset + width + gap)), dtype)[::skip, ::skip, columns]
     whole = backend.poisoned((tokens, offset + width + gap), dtype)
@@ -57,17 +55,26 @@ def test_odd_shapes(
     assert np.isnan(np.delete(backend.numpy(whole), columns, axis=1)).all()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("experts", [8, 5])
+def test_wide_strides(backend: Backend, dtype: str, experts: int) -> None:
+    """Every other expert of rows that lie a little apart, and all of them a multiple of 16 bytes."""
+    x = backend.array(random((7, 2 * experts + 1, 208)), dtype)[:, : 2 * experts : 2, 8:200]
+    whole = backend.poisoned((7, 224), dtype)
+    moe_sum(x, whole[:, 16:208])
+    assert np.array_equal(backend.bits(whole)[:, 16:208], expected(backend, x))
+    assert np.isnan(np.delete(backend.numpy(whole), np.s_[16:208], axis=1)).all()
+
+
 @pytest.mark.parametrize("experts", [8, 5])
 def test_order(backend: Backend, experts: int) -> None:
     """In fp32, 2^24 + 1 + ... + 1 - 2^24 is 0 from the left, and something else in any other order."""
-    require_kernel(backend)
     x = np.ones((2, experts, 40))
     x[:, 0], x[:, -1] = 2.0**24, -(2.0**24)
     assert (backend.numpy(moe_sum(backend.array(x, "float32"))) == 0).all()
 
 
 def test_special_values(backend: Backend) -> None:
-    require_kernel(backend)
     x = np.ones((2, 8, 6))
     x[0, 3, 0], x[0, 3, 1], x[0, 5, 1], x[0, 3, 2], x[0, 2, 3] = np.nan, np.inf, -np.inf, np.inf, -np.inf
     x[1, :, :2] = 60000.0

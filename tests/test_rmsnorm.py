@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kestrel_kernels.norm import rmsnorm, rmsnorm_into
-from support import BACKENDS, FLOATS, HAS_JAX, Backend, assert_close, numpy_dtype, random, require_kernel
+from support import BACKENDS, FLOATS, HAS_JAX, Backend, assert_close, numpy_dtype, random
 
 
 def expected(backend: Backend, x: Any, weight: Any, eps: float = 1e-6) -> np.ndarray:
@@ -30,7 +30,6 @@ def rounded_sum(backend: Backend, residual: Any, x: Any) -> np.ndarray:
     [(1,), (0, 8), (3, 0), (5, 1), (3, 2), (9, 33), (2, 3, 130), (5, 576), (64, 2048), (3, 4097), (2, 65536)],
 )
 def test_values(backend: Backend, dtype: str, shape: tuple[int, ...]) -> None:
-    require_kernel(backend)
     x = backend.array(random(shape, scale=2.0), dtype)
     weight = backend.array(random(shape[-1:], seed=1), dtype)
     want = expected(backend, x, weight) if np.prod(shape) else np.zeros(shape)
@@ -46,7 +45,6 @@ def test_values(backend: Backend, dtype: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(1,), (0, 8), (9, 33), (2, 3, 130), (5, 576), (64, 2048), (3, 4097)])
 def test_residual(backend: Backend, dtype: str, shape: tuple[int, ...]) -> None:
     """The norm is that of the sum as it was stored, so that the residual alone repeats it."""
-    require_kernel(backend)
     x, residual = (backend.array(random(shape, seed=seed), dtype) for seed in (0, 2))
     before = backend.array(backend.bits(residual), dtype)
     weight = backend.array(random(shape[-1:], seed=1), dtype)
@@ -70,7 +68,6 @@ def test_odd_shapes(
     rows: int, width: int, offset: int, gap: int, eps: float, dtype: str, backend: Backend, with_residual: bool
 ) -> None:
     """Rows at any offset and stride inside larger arrays; what lies between them stays as it was."""
-    require_kernel(backend)
     columns = np.s_[offset : offset + width]
     shape = (rows, offset + width + gap)
     x = backend.array(random(shape), dtype)[:, columns]
@@ -90,9 +87,29 @@ def test_odd_shapes(
     assert np.array_equal(np.delete(backend.numpy(residuals), columns, axis=1), outside)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("width", [576, 1024, 1152, 2048])
+@pytest.mark.parametrize("levels", [1, 2])
+def test_wide_strides(backend: Backend, dtype: str, width: int, levels: int) -> None:
+    """Rows a little apart, in one level and in two, of widths that have kernels of their own."""
+    rows = np.s_[:, : 5 if levels == 1 else 3, :width]
+    x, residual, whole = (backend.array(random((2, 5, width + 16), seed=seed), dtype) for seed in range(3))
+    weight = backend.array(random((width,), seed=3), dtype)
+    outside = backend.bits(whole)
+    stored = backend.bits(residual)
+    stored[rows] = rounded_sum(backend, residual[rows], x[rows])
+    rmsnorm_into(whole[rows], x[rows], weight, 1e-6)
+    assert_close(backend.numpy(whole[rows]), expected(backend, x[rows], weight), dtype)
+    rmsnorm_into(whole[rows], x[rows], weight, 1e-6, residual[rows])
+    assert np.array_equal(backend.bits(residual), stored)
+    assert_close(backend.numpy(whole[rows]), expected(backend, residual[rows], weight), dtype)
+    got = backend.bits(whole)
+    got[rows] = outside[rows]
+    assert np.array_equal(got, outside)
+
+
 def test_special_rows(backend: Backend) -> None:
     """NaN fills its row with NaN, Inf (over an infinite root) its row with zeros and one NaN; no other row changes."""
-    require_kernel(backend)
     values = random((5, 96))
     values[0, 7], values[2, 95], values[3, :] = np.nan, -np.inf, 0.0
     x, weight = backend.array(values, "float32"), backend.array(random((96,), seed=1), "float32")
@@ -106,7 +123,6 @@ def test_special_rows(backend: Backend) -> None:
 
 def test_row_alone(backend: Backend) -> None:
     """A row's bits do not depend on the batch around it."""
-    require_kernel(backend)
     x = backend.array(random((50, 1152)), "bfloat16")
     weight = backend.array(random((1152,), seed=1), "bfloat16")
     batch = backend.bits(rmsnorm(x, weight))

@@ -2,13 +2,17 @@
 
 #include "kestrel/contract.h"
 #include "kestrel/cpu/target.h"
+#include "kestrel/cuda.h"
 #include "ops/rmsnorm/args.h"
 
 KESTREL_CPU_TWIN(rmsnorm, void(const kestrel::RmsnormArgs& args));
 
 namespace kestrel {
+namespace cuda {
+void rmsnorm(Stream stream, const RmsnormArgs& args);
+}
 
-void rmsnorm(Stream, Tensor out, Tensor x, Tensor weight, float eps, std::optional<Tensor> residual) {
+void rmsnorm(Stream stream, Tensor out, Tensor x, Tensor weight, float eps, std::optional<Tensor> residual) {
   Contract c("rmsnorm");
   Dim N("N");
   RmsnormArgs args{out, x, weight, residual, {}, {}, {}, 0, eps};
@@ -18,9 +22,13 @@ void rmsnorm(Stream, Tensor out, Tensor x, Tensor weight, float eps, std::option
   c.out("out", out).like(x).rows(&args.out_rows);
   if (residual) c.out("residual", *residual).like(x).rows(&args.residual_rows);
   c.require(eps >= 0, "eps", "zero or more", eps);
-  c.cpu_only();
   args.width = N;
-  if (!out.empty()) cpu::rmsnorm(args);
+  if (out.empty()) return;
+  if (c.on_cpu()) return cpu::rmsnorm(args);
+  if constexpr (kHasCuda) {
+    DeviceGuard guard(x.device);
+    cuda::rmsnorm(stream, args);
+  }
 }
 
 }  // namespace kestrel
