@@ -23,6 +23,13 @@ __device__ __forceinline__ void compute_now(T& value) {
   }
 }
 
+// The same for a pointer into global memory, which the compiler still knows it to be afterwards.
+template <class T>
+__device__ __forceinline__ void compute_now(T*& pointer) {
+  asm volatile("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+}
+
 // griddepcontrol.launch_dependents: the following grid may be placed. It publishes nothing.
 __device__ __forceinline__ void release_successor() {
 #if __CUDA_ARCH__ >= 900
