@@ -257,12 +257,6 @@ NO_KERNEL_YET: dict[str, Callable[[], Any]] = {
     "topk_fwd": lambda: kk.topk_fwd(_cuda(2, 64), 8),
     "topk_router": lambda: kk.topk_router(_cuda(2, 64), 8),
     "sample_top_k": lambda: kk.sample_top_k(_cuda(2, 64), 8, 1.0, 0, 0),
-    "rotary_embedding": lambda: kk.rotary_embedding.rotary_embedding(
-        _cuda(2, dtype="int64"), _cuda(2, 4, 8), None, 8, _cuda(4, 8, dtype="float32")
-    ),
-    "tau_tail": lambda: kk.tau_tail_apply_into(
-        _cuda(1, 2, 24), _cuda(1, 2, 4), _cuda(4, 2), _cuda(1, 2, dtype="int64")
-    ),
     "rope_and_cache": lambda: rope_and_cache(
         _cuda(2, dtype="int64"), _cuda(2, 4, 8), _cuda(2, 4, 8), _cuda(2, 4, 8), _cuda(4, 8, dtype="float32"),
         _cuda(3, 1, 4, 8), _cuda(3, 1, 4, 8), _cuda(2, dtype="int64"), "auto", None, None,

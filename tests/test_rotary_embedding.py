@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kestrel_kernels.rotary_embedding import rotary_embedding
-from support import BACKENDS, FLOATS, HAS_JAX, Backend, assert_close, random, require_kernel
+from support import BACKENDS, CUDA_BACKENDS, FLOATS, HAS_JAX, Backend, assert_close, random
 
 
 def table(positions: int, width: int) -> np.ndarray:
@@ -41,7 +41,6 @@ def test_values(
     backend: Backend, dtype: str, interleaved: bool, tokens: tuple[int, ...], query_heads: int, key_heads: int | None,
     size: int, width: int,
 ) -> None:  # fmt: skip
-    require_kernel(backend)
     cos_sin = table(50, width)
     positions = np.random.default_rng(0).integers(0, 50, tokens)
     query = backend.array(random((*tokens, query_heads, size), 1), dtype)
@@ -65,7 +64,6 @@ def test_odd_shapes(
     interleaved: bool, dtype: str, backend: Backend,
 ) -> None:  # fmt: skip
     """[B, S, H, D] views of any strides, at any offset; what lies between stays as it was."""
-    require_kernel(backend)
     size = 2 * half + rest
     cos_sin = table(7, 2 * half + gap)[:, : 2 * half]  # rows of the table may be strided too
     whole_table = backend.array(table(7, 2 * half + gap), "float32")[:, : 2 * half]
@@ -86,7 +84,6 @@ def test_odd_shapes(
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_special_values(backend: Backend, interleaved: bool) -> None:
     """NaN and Inf stay in their own pair; elements past R keep their bits."""
-    require_kernel(backend)
     x = np.tile([0.0, -0.0, np.inf, np.nan, 1.0, -np.inf, 3.0, 4.0, np.nan, np.inf, -0.0], (2, 1, 1))
     positions, cos_sin = np.array([0, 3]), table(4, 8)
     query = backend.array(x, "float32")
@@ -96,8 +93,30 @@ def test_special_values(backend: Backend, interleaved: bool) -> None:
     assert np.array_equal(backend.bits(query)[..., 8:].view(np.uint32), x[..., 8:].astype(np.float32).view(np.uint32))
 
 
+@pytest.mark.parametrize("on_cuda", CUDA_BACKENDS, ids=repr)
+@pytest.mark.cuda
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("size", [64, 65])
+@pytest.mark.parametrize("index", ["int32", "int64"])
+def test_positions_out_of_range(
+    on_cuda: Backend, interleaved: bool, size: int, index: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unchecked: their tokens stay as they are, the others are rotated."""
+    monkeypatch.delenv("KESTREL_CHECK", raising=False)
+    cos_sin = table(20, 32)
+    bad = np.array([20, -1, 2**31 - 1, -(2**31)] + [2**32, 2**32 + 3, 2**40, -(2**40), 2**63 - 1] * (index == "int64"))
+    positions = np.concatenate((bad, np.arange(20)))
+    query = on_cuda.array(random((len(positions), 3, size)), "bfloat16")
+    before = on_cuda.bits(query)
+    rotary_embedding(on_cuda.array(positions, index), query, None, size, on_cuda.array(cos_sin, "float32"), interleaved)
+    after = on_cuda.bits(query)
+    assert np.array_equal(after[: len(bad)], before[: len(bad)])
+    good = before[len(bad) :].astype(np.float64)
+    want = expected(good, np.arange(20), cos_sin, interleaved)
+    assert_close(after[len(bad) :].astype(np.float64), want, "bfloat16", slack=1e-6)
+
+
 def test_rows_do_not_depend_on_the_batch(backend: Backend) -> None:
-    require_kernel(backend)
     x, cos_sin = random((300, 4, 64)), backend.array(table(300, 64), "float32")
     positions = np.arange(300)
     whole, one = backend.array(x, "bfloat16"), backend.array(x[271:272], "bfloat16")
@@ -139,8 +158,8 @@ BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("case", range(len(BAD)))
-def test_bad_input(backend: Backend, case: int) -> None:
-    require_kernel(backend)
+def test_bad_input(backend: Backend, case: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KESTREL_CHECK", "1")
     error, message, changes = BAD[case]
     call: dict[str, Any] = {
         "positions": ("int64", [0, 1, 2, 3]), "query": ("bfloat16", (4, 2, 8)), "key": ("bfloat16", (4, 1, 8)),
@@ -156,7 +175,6 @@ def test_bad_input(backend: Backend, case: int) -> None:
 
 
 def test_bad_layouts(backend: Backend) -> None:
-    require_kernel(backend)
     positions, cos_sin = backend.array([0, 1], "int64"), backend.array(table(2, 8), "float32")
     query = backend.array(np.ones((2, 2, 16)), "float16")
     with pytest.raises(ValueError, match="query must have a contiguous last dimension"):

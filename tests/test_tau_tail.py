@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kestrel_kernels.tau_tail_ops import tau_tail_apply_into
-from support import BACKENDS, HALVES, HAS_JAX, Backend, assert_close, random, require_kernel
+from support import BACKENDS, CUDA_BACKENDS, HALVES, HAS_JAX, Backend, assert_close, random
 
 
 def expected(qkv: np.ndarray, tok: np.ndarray, tau: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -28,7 +28,6 @@ def expected(qkv: np.ndarray, tok: np.ndarray, tau: np.ndarray, positions: np.nd
      ((130,), 32, 64)],
 )  # fmt: skip
 def test_values(backend: Backend, dtype: str, tau_dtype: str, tokens: tuple[int, ...], heads: int, size: int) -> None:
-    require_kernel(backend)
     tau_dtype = dtype if tau_dtype == "as qkv" else tau_dtype
     qkv = backend.array(random((*tokens, 3 * heads * size), 1, 3.0), dtype)
     tok = backend.array(random((*tokens, 2 * heads), 2, 2.0), dtype)
@@ -50,7 +49,6 @@ def test_odd_shapes(
     backend: Backend,
 ) -> None:  # fmt: skip
     """Rows of any stride at any offset; what lies between stays as it was."""
-    require_kernel(backend)
 
     def strided(width: int, seed: int) -> tuple[Any, Any]:
         shape = (sequence, batch) if swapped else (batch, sequence)
@@ -69,9 +67,28 @@ def test_odd_shapes(
     assert_close(backend.numpy(store), want, dtype, slack=1e-5)
 
 
+@pytest.mark.parametrize("on_cuda", CUDA_BACKENDS, ids=repr)
+@pytest.mark.cuda
+@pytest.mark.parametrize("size", [64, 72, 5])
+@pytest.mark.parametrize("index", ["int32", "int64"])
+def test_positions_out_of_range(on_cuda: Backend, size: int, index: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unchecked: their tokens stay as they are, the others are scaled."""
+    monkeypatch.delenv("KESTREL_CHECK", raising=False)
+    bad = np.array([20, -1, 2**31 - 1, -(2**31)] + [2**32, 2**32 + 3, 2**40, -(2**40), 2**63 - 1] * (index == "int64"))
+    positions = np.concatenate((bad, np.arange(20)))
+    qkv = on_cuda.array(random((len(positions), 3 * 2 * size)), "bfloat16")
+    tok, tau = on_cuda.array(random((len(positions), 4), 1), "bfloat16"), on_cuda.array(random((20, 2), 2), "float32")
+    before = on_cuda.numpy(qkv)
+    tau_tail_apply_into(qkv, tok, tau, on_cuda.array(positions, index))
+    want = expected(
+        before, on_cuda.numpy(tok), on_cuda.numpy(tau), np.where(positions == np.clip(positions, 0, 19), positions, 0)
+    )
+    want[: len(bad)] = before[: len(bad)]
+    assert_close(on_cuda.numpy(qkv), want, "bfloat16", slack=1e-5)
+
+
 def test_special_values(backend: Backend) -> None:
     """NaN and Inf stay in their own head; keys keep their bits."""
-    require_kernel(backend)
     qkv = np.tile([1.0, -0.0, np.inf, np.nan], (1, 9))  # three heads of four
     tok = np.array([[np.nan, np.inf, 0.0, -np.inf, 30.0, 0.5]])
     tau = np.array([[0.5, -1.0, np.inf]])
@@ -116,8 +133,8 @@ BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("case", range(len(BAD)))
-def test_bad_input(backend: Backend, case: int) -> None:
-    require_kernel(backend)
+def test_bad_input(backend: Backend, case: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KESTREL_CHECK", "1")
     error, message, changes = BAD[case]
     call: dict[str, Any] = {
         "qkv_out": ("bfloat16", (4, 48)), "tok_qv_lin": ("bfloat16", (4, 4)), "tau_pos_table": ("bfloat16", (5, 2)),
@@ -131,7 +148,6 @@ def test_bad_input(backend: Backend, case: int) -> None:
 
 
 def test_bad_layouts(backend: Backend) -> None:
-    require_kernel(backend)
     qkv, positions = backend.array(np.ones((2, 12)), "float16"), backend.array([0, 1], "int64")
     tok, tau = backend.array(np.ones((2, 8)), "float16"), backend.array(np.ones((2, 8)), "float16")
     with pytest.raises(ValueError, match="qkv_out must have a contiguous last dimension"):

@@ -9,31 +9,12 @@
 #include "kestrel/hopper/value.cuh"
 #include "kestrel/hopper/vec.cuh"
 #include "kestrel/launch.h"
-#include "ops/kv_cache_write/args.h"
+#include "ops/kv_cache_write/slots.cuh"
 
 namespace kestrel::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-struct Slots {
-  const void* data;
-  int64_t stride, count, page_size;
-  bool wide;  // int64
-};
-
-// Where a token goes in the cache; page -1 where its slot is negative or past the end.
-struct Place {
-  int64_t page, offset;
-};
-
-__device__ __forceinline__ Place place_of(const Slots& slots, int64_t token) {
-  const int64_t slot = slots.wide ? static_cast<const int64_t*>(slots.data)[token * slots.stride]
-                                  : static_cast<const int32_t*>(slots.data)[token * slots.stride];
-  if (slot < 0 || slot >= slots.count) return {-1, 0};
-  if (slots.page_size == 1) return {slot, 0};
-  return {slot / slots.page_size, slot % slots.page_size};
-}
 
 template <class T, class Cache>
 struct VectorArgs {
@@ -65,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) kv_cache_write_kernel(const __grid_c
   Vec<T, kPart> parts[kVec / kPart];
 #pragma unroll
   for (int p = 0; p < kVec / kPart; ++p) parts[p] = load<kPart>(source + p * kPart);
-  const Place place = place_of(args.slots, token);
+  const Place place = place_of(args.slots, args.slots.at(token));
   if (place.page < 0) return;
   Cache* out = (is_value ? args.value_cache : args.key_cache) + place.page * args.page + place.offset * args.offset +
                head * args.cache_head + column * kVec;
@@ -104,7 +85,7 @@ __global__ void __launch_bounds__(kThreads)
   if (element >= args.elements) return;
   const int64_t column = element % args.head_size, head = element / args.head_size % args.heads;
   const int64_t token = element / args.head_size / args.heads;
-  const Place place = place_of(args.slots, token);
+  const Place place = place_of(args.slots, args.slots.at(token));
   if (place.page < 0) return;
   const T x = args.source[token * args.token + head * args.head + column];
   Cache& out = args.cache[place.page * args.page + place.offset * args.offset + head * args.cache_head + column];
@@ -145,8 +126,7 @@ void run_elements(Stream stream, const KvCacheWriteArgs& a, const Slots& slots, 
 template <class T, class Cache>
 void choose(Stream stream, const KvCacheWriteArgs& a) {
   constexpr int kVec = kVec16<Cache>;
-  const Slots slots{a.slot_mapping.data, a.slot_mapping.stride[0], a.pages * a.page_size, a.page_size,
-                    a.slot_mapping.dtype == DType::kI64};
+  const Slots slots(a);
   const int64_t per_head = a.head_size / kVec, vectors = a.tokens * a.heads * per_head;
   if (a.head_size % kVec == 0 && vectors_fit<T, Cache>(a.key, a.key_cache) &&
       vectors_fit<T, Cache>(a.value, a.value_cache) && same_strides(a.key, a.value) &&

@@ -2,11 +2,15 @@
 
 #include "kestrel/contract.h"
 #include "kestrel/cpu/target.h"
+#include "kestrel/cuda.h"
 #include "ops/rotary_embedding/args.h"
 
 KESTREL_CPU_TWIN(rotary_embedding, void(const kestrel::RotaryArgs& args));
 
 namespace kestrel {
+namespace cuda {
+void rotary_embedding(Stream stream, const RotaryArgs& args);
+}
 
 void check_rotary(Contract& c, const char* query_name, const RotaryArgs& args) {
   const Tensor& query = args.query;
@@ -34,8 +38,11 @@ void rotary_embedding(Stream stream, Tensor positions, Tensor query, std::option
   if (key) check_heads(c.out("key", *key), query, key_heads);
   c.require(head_size == query.size(-1), "head_size", "the last dimension of query", head_size);
   c.indices(stream, "positions", positions, 0, cos_sin_cache.shape[0], false);
-  c.cpu_only();
-  cpu::rotary_embedding(args);
+  if (c.on_cpu()) return cpu::rotary_embedding(args);
+  if constexpr (kHasCuda) {
+    DeviceGuard guard(query.device);
+    cuda::rotary_embedding(stream, args);
+  }
 }
 
 }  // namespace kestrel

@@ -2,11 +2,15 @@
 
 #include "kestrel/contract.h"
 #include "kestrel/cpu/target.h"
+#include "kestrel/cuda.h"
 #include "ops/tau_tail/args.h"
 
 KESTREL_CPU_TWIN(tau_tail, void(const kestrel::TauTailArgs& args));
 
 namespace kestrel {
+namespace cuda {
+void tau_tail(Stream stream, const TauTailArgs& args);
+}
 
 void check_tau(Contract& c, const Tensor& tok_qv_lin, const Tensor& tau_pos_table, const Tensor& x, int token_dims,
                int64_t heads) {
@@ -29,9 +33,13 @@ void tau_tail_apply_into(Stream stream, Tensor qkv_out, Tensor tok_qv_lin, Tenso
   Arg positions = c.in("position_ids", position_ids).dtype({DType::kI64, DType::kI32});
   qkv_out.rank == 2 ? positions.shape({qkv_out.shape[0]}) : positions.shape({qkv_out.shape[0], qkv_out.shape[1]});
   c.indices(stream, "position_ids", position_ids, 0, tau_pos_table.shape[0], false);
-  c.cpu_only();
   if (qkv_out.empty()) return;
-  cpu::tau_tail({qkv_out, tok_qv_lin, tau_pos_table, position_ids, heads, width / (3 * heads)});
+  const TauTailArgs args{qkv_out, tok_qv_lin, tau_pos_table, position_ids, heads, width / (3 * heads)};
+  if (c.on_cpu()) return cpu::tau_tail(args);
+  if constexpr (kHasCuda) {
+    DeviceGuard guard(qkv_out.device);
+    cuda::tau_tail(stream, args);
+  }
 }
 
 }  // namespace kestrel
