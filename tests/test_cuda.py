@@ -242,7 +242,6 @@ NO_KERNEL_YET: dict[str, Callable[[], Any]] = {
         _cuda(3, 1, 4, 8), _cuda(3, 1, 4, 8), _cuda(2, dtype="int64"), "auto", None, None,
     ),
     "attention": lambda: kk.flash_attn_func(*[_cuda(1, 4, 2, 8)] * 3),
-    "merge_state": lambda: kk.merge_state(*[_cuda(1, 4, 2, 8), _cuda(1, 2, 4, dtype="float32")] * 2),
 }  # fmt: skip
 
 
