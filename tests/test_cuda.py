@@ -30,12 +30,35 @@ def _cache_write(out: Any, x: Any, slots: Any) -> None:
     reshape_and_cache_flash(tokens, tokens, pages[0], pages[1], slots, "auto", None, None)
 
 
+def _merge_state(out: Any, x: Any, _: Any) -> None:
+    """The two halves of x as states, with a router's weights, transposed, for logarithms."""
+    a, b = (x[:, half].reshape(ROWS, 16, 64) for half in (slice(WIDTH // 2), slice(WIDTH // 2, WIDTH)))
+    lse_a, lse_b = (kk.topk_router(x[:, some], 16)[0].T for some in (slice(16), slice(16, 32)))
+    out[...] = kk.merge_state(a, lse_a, b, lse_b)[0].reshape(ROWS, -1)
+
+
+def _topk(out: Any, x: Any, _: Any) -> None:
+    out[...] = kk.topk_fwd(x, out.shape[1], softmax=True)[0]
+
+
+def _topk_narrow(out: Any, x: Any, _: Any) -> None:
+    out[...] = kk.topk_fwd(x[:, :64], out.shape[1], softmax=True)[0]
+
+
+def _sample(out: Any, x: Any, _: Any) -> None:
+    out[...] = kk.sample_top_k(x, 40, 1.0, 1, 2)[:, None]
+
+
 # op -> (call(out, x, slots), rows of out); x is [ROWS, WIDTH] bf16, out as wide or half as wide
 OPS: dict[str, tuple[Call, int, int]] = {
     "gelu_residual": (lambda out, x, _: gelu_residual_cuda(out, x), ROWS, WIDTH // 2),
     "layernorm": (lambda out, x, _: layernorm_bias_cuda(out, x, x[0], x[1], 1e-5), ROWS, WIDTH),
     "layernorm_reload": (lambda out, x, _: layernorm_bias_reload_cuda(out, x, x[0], x[1], 1e-5), ROWS, WIDTH),
     "kv_cache_write": (_cache_write, 2 * ROWS, WIDTH),
+    "topk": (_topk, ROWS, 128),
+    "topk_narrow": (_topk_narrow, ROWS, 8),
+    "sample_top_k": (_sample, ROWS, 1),
+    "merge_state": (_merge_state, ROWS, WIDTH // 2),
 }
 
 
@@ -228,9 +251,6 @@ NO_KERNEL_YET: dict[str, Callable[[], Any]] = {
     "fp8_quant": lambda: kk.fp8_quant.fp8_quant(_cuda(2, 16)),
     "linear": lambda: kk.linear(_cuda(2, 8), _cuda(4, 8)),
     "fused_mlp": lambda: kk.fused_mlp.fused_mlp(_cuda(2, 8), _cuda(4, 8), _cuda(4), _cuda(8, 4), _cuda(8), _cuda(2, 8)),
-    "topk_fwd": lambda: kk.topk_fwd(_cuda(2, 64), 8),
-    "topk_router": lambda: kk.topk_router(_cuda(2, 64), 8),
-    "sample_top_k": lambda: kk.sample_top_k(_cuda(2, 64), 8, 1.0, 0, 0),
     "rotary_embedding": lambda: kk.rotary_embedding.rotary_embedding(
         _cuda(2, dtype="int64"), _cuda(2, 4, 8), None, 8, _cuda(4, 8, dtype="float32")
     ),
