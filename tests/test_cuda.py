@@ -54,6 +54,25 @@ def _rmsnorm_residual(out: Any, x: Any, _: Any) -> None:
     rmsnorm_into(out[:ROWS], x, x[0], 1e-6, out[ROWS:])
 
 
+def _merge_state(out: Any, x: Any, _: Any) -> None:
+    """The two halves of x as states, with a router's weights, transposed, for logarithms."""
+    a, b = (x[:, half].reshape(ROWS, 16, 64) for half in (slice(WIDTH // 2), slice(WIDTH // 2, WIDTH)))
+    lse_a, lse_b = (kk.topk_router(x[:, some], 16)[0].T for some in (slice(16), slice(16, 32)))
+    out[...] = kk.merge_state(a, lse_a, b, lse_b)[0].reshape(ROWS, -1)
+
+
+def _topk(out: Any, x: Any, _: Any) -> None:
+    out[...] = kk.topk_fwd(x, out.shape[1], softmax=True)[0]
+
+
+def _topk_narrow(out: Any, x: Any, _: Any) -> None:
+    out[...] = kk.topk_fwd(x[:, :64], out.shape[1], softmax=True)[0]
+
+
+def _sample(out: Any, x: Any, _: Any) -> None:
+    out[...] = kk.sample_top_k(x, 40, 1.0, 1, 2)[:, None]
+
+
 # op -> (call(out, x, slots), rows of out); x is [ROWS, WIDTH] bf16, out as wide or half as wide
 OPS: dict[str, tuple[Call, int, int]] = {
     "gelu_residual": (lambda out, x, _: gelu_residual_cuda(out, x), ROWS, WIDTH // 2),
@@ -66,6 +85,10 @@ OPS: dict[str, tuple[Call, int, int]] = {
     "embedding": (embedding_into, ROWS, WIDTH),
     "fp8_quant_row": _quant(fp8_e4m3fn_rowwise_quant_cuda, ROWS),
     "fp8_quant_tensor": _quant(fp8_e4m3fn_tensor_quant_cuda, 1),
+    "topk": (_topk, ROWS, 128),
+    "topk_narrow": (_topk_narrow, ROWS, 8),
+    "sample_top_k": (_sample, ROWS, 1),
+    "merge_state": (_merge_state, ROWS, WIDTH // 2),
 }
 
 
@@ -254,15 +277,11 @@ def _cuda(*shape: int, dtype: str = "bfloat16") -> Any:
 NO_KERNEL_YET: dict[str, Callable[[], Any]] = {
     "linear": lambda: kk.linear(_cuda(2, 8), _cuda(4, 8)),
     "fused_mlp": lambda: kk.fused_mlp.fused_mlp(_cuda(2, 8), _cuda(4, 8), _cuda(4), _cuda(8, 4), _cuda(8), _cuda(2, 8)),
-    "topk_fwd": lambda: kk.topk_fwd(_cuda(2, 64), 8),
-    "topk_router": lambda: kk.topk_router(_cuda(2, 64), 8),
-    "sample_top_k": lambda: kk.sample_top_k(_cuda(2, 64), 8, 1.0, 0, 0),
     "rope_and_cache": lambda: rope_and_cache(
         _cuda(2, dtype="int64"), _cuda(2, 4, 8), _cuda(2, 4, 8), _cuda(2, 4, 8), _cuda(4, 8, dtype="float32"),
         _cuda(3, 1, 4, 8), _cuda(3, 1, 4, 8), _cuda(2, dtype="int64"), "auto", None, None,
     ),
     "attention": lambda: kk.flash_attn_func(*[_cuda(1, 4, 2, 8)] * 3),
-    "merge_state": lambda: kk.merge_state(*[_cuda(1, 4, 2, 8), _cuda(1, 2, 4, dtype="float32")] * 2),
 }  # fmt: skip
 
 

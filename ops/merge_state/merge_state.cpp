@@ -2,11 +2,16 @@
 
 #include "kestrel/contract.h"
 #include "kestrel/cpu/target.h"
+#include "kestrel/cuda.h"
 #include "ops/merge_state/states.h"
 
 KESTREL_CPU_TWIN(merge_state, void(const kestrel::MergeStateArgs& args));
 
 namespace kestrel {
+namespace cuda {
+void merge_state(Stream stream, const MergeStateArgs& args);
+}
+
 namespace {
 
 State rows_of(const Tensor& t) {
@@ -21,7 +26,7 @@ State lse_of(const Tensor& t) {
 
 }  // namespace
 
-void merge_state(Stream, Tensor out, Tensor lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
+void merge_state(Stream stream, Tensor out, Tensor lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
   Contract c("merge_state");
   c.in("out_a", out_a).dtype({DType::kBF16, DType::kF16, DType::kF32}).rank(3, 4).last_contiguous();
   const bool packed = out_a.rank == 3;
@@ -32,10 +37,14 @@ void merge_state(Stream, Tensor out, Tensor lse, Tensor out_a, Tensor lse_a, Ten
   c.in("lse_b", lse_b).like(lse_a);
   c.out("out", out).like(out_a).last_contiguous();
   c.out("lse", lse).like(lse_a);
-  c.cpu_only();
   if (lse.empty()) return;
-  cpu::merge_state({out_a.dtype, batch, tokens, heads, out_a.size(-1), rows_of(out), rows_of(out_a), rows_of(out_b),
-                    lse_of(lse), lse_of(lse_a), lse_of(lse_b)});
+  const MergeStateArgs args{out_a.dtype,    batch,          tokens,      heads,         out_a.size(-1), rows_of(out),
+                            rows_of(out_a), rows_of(out_b), lse_of(lse), lse_of(lse_a), lse_of(lse_b)};
+  if (c.on_cpu()) return cpu::merge_state(args);
+  if constexpr (kHasCuda) {
+    DeviceGuard guard(out_a.device);
+    cuda::merge_state(stream, args);
+  }
 }
 
 }  // namespace kestrel

@@ -5,6 +5,7 @@
 
 #include "kestrel/contract.h"
 #include "kestrel/cpu/target.h"
+#include "kestrel/cuda.h"
 #include "ops/topk/args.h"
 
 KESTREL_CPU_TWIN(topk_fwd, void(const kestrel::TopkArgs& args));
@@ -12,6 +13,12 @@ KESTREL_CPU_TWIN(topk_router, void(const kestrel::RouterArgs& args));
 KESTREL_CPU_TWIN(sample_top_k, void(const kestrel::SampleArgs& args));
 
 namespace kestrel {
+namespace cuda {
+void topk_fwd(Stream stream, const TopkArgs& args);
+void topk_router(Stream stream, const RouterArgs& args);
+void sample_top_k(Stream stream, const SampleArgs& args);
+}  // namespace cuda
+
 namespace {
 
 void check_scores(Contract& c, const char* name, const Tensor& scores, Rows* rows) {
@@ -35,7 +42,7 @@ void check_value(Contract& c, const char* name, const Value<T>& value) {
 
 }  // namespace
 
-void topk_fwd(Stream, Tensor values, Tensor indices, Tensor scores, bool softmax) {
+void topk_fwd(Stream stream, Tensor values, Tensor indices, Tensor scores, bool softmax) {
   Contract c("topk_fwd");
   TopkArgs args{values, indices, scores, {}, {}, {}, 0, 0, softmax};
   Dim k("k");
@@ -46,11 +53,14 @@ void topk_fwd(Stream, Tensor values, Tensor indices, Tensor scores, bool softmax
   args.width = scores.size(1);
   args.k = k;
   if (scores.empty()) return;
-  c.cpu_only();
-  cpu::topk_fwd(args);
+  if (c.on_cpu()) return cpu::topk_fwd(args);
+  if constexpr (kHasCuda) {
+    DeviceGuard guard(scores.device);
+    cuda::topk_fwd(stream, args);
+  }
 }
 
-void topk_router(Stream, Tensor weights, Tensor ids, Tensor scores, std::string_view scoring,
+void topk_router(Stream stream, Tensor weights, Tensor ids, Tensor scores, std::string_view scoring,
                  std::optional<Tensor> bias, bool renormalize, int64_t num_groups, int64_t topk_groups, float scale) {
   Contract c("topk_router");
   RouterArgs args{weights,     ids,        scores,      bias, {}, {}, {}, 0, 0, scoring == "sigmoid",
@@ -72,11 +82,14 @@ void topk_router(Stream, Tensor weights, Tensor ids, Tensor scores, std::string_
   args.experts = scores.size(1);
   args.k = k;
   if (scores.empty()) return;
-  c.cpu_only();
-  cpu::topk_router(args);
+  if (c.on_cpu()) return cpu::topk_router(args);
+  if constexpr (kHasCuda) {
+    DeviceGuard guard(scores.device);
+    cuda::topk_router(stream, args);
+  }
 }
 
-void sample_top_k(Stream, Tensor ids, Tensor logits, int64_t k, Value<float> temperature, Value<int64_t> seed,
+void sample_top_k(Stream stream, Tensor ids, Tensor logits, int64_t k, Value<float> temperature, Value<int64_t> seed,
                   Value<int64_t> offset) {
   Contract c("sample_top_k");
   SampleArgs args{ids, logits, {}, 0, k, temperature, seed, offset};
@@ -94,8 +107,11 @@ void sample_top_k(Stream, Tensor ids, Tensor logits, int64_t k, Value<float> tem
               "finite and not negative", static_cast<double>(args.temperature.host));
   args.width = logits.size(1);
   if (logits.empty()) return;
-  c.cpu_only();
-  cpu::sample_top_k(args);
+  if (c.on_cpu()) return cpu::sample_top_k(args);
+  if constexpr (kHasCuda) {
+    DeviceGuard guard(logits.device);
+    cuda::sample_top_k(stream, args);
+  }
 }
 
 }  // namespace kestrel
