@@ -41,15 +41,16 @@ struct Moments {
 
 // kLanes threads of a row, kVectors vectors of a thread, kSize elements of a vector. A type, since nvcc 13.0 cannot
 // take a struct's value as the template argument of a kernel.
-template <int lanes, int vectors, int size>
+template <int lanes, int vectors, int size, int blocks>
 struct Tile {
+  static constexpr int kBlocks = blocks;  // of an SM at least: bounds the registers
   static constexpr int kLanes = lanes, kVectors = vectors, kSize = size;
   static constexpr int kShare = vectors * size;  // elements of a thread
   static constexpr int kWidth = lanes * kShare;
 };
 // Two rows in a block of two warps at 1152; 16 lanes with 16-byte vectors need 230 registers and take 15 us at 9477.
-using Tile1152 = Tile<32, 9, 4>;
-using Tile2048 = Tile<64, 4, 8>;
+using Tile1152 = Tile<32, 9, 4, 10>;
+using Tile2048 = Tile<64, 4, 8, 12>;
 constexpr int kTileThreads = 64;
 
 template <int kLanes>
@@ -79,7 +80,7 @@ __device__ __forceinline__ Moments join(Moments mine, float count) {
 }
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kTileThreads) layernorm_kernel(const __grid_constant__ TileArgs<T> args) {
+__global__ void __launch_bounds__(kTileThreads, Tile::kBlocks) layernorm_kernel(const __grid_constant__ TileArgs<T> args) {
   static_assert(Tile::kLanes <= kTileThreads && Tile::kLanes % kWarp == 0);
   using V = Vec<T, Tile::kSize>;
   const int lane = threadIdx.x % Tile::kLanes;
