@@ -12,7 +12,7 @@ import kestrel_kernels as kk
 import numpy as np
 import pytest
 from kestrel_kernels.activation import gelu_residual_cuda
-from kestrel_kernels.kv_cache_write import reshape_and_cache_flash, rope_and_cache
+from kestrel_kernels.kv_cache_write import reshape_and_cache_flash
 from kestrel_kernels.layernorm_cuda import layernorm_bias_cuda, layernorm_bias_reload_cuda
 from support import CUDA_BACKENDS
 
@@ -231,10 +231,6 @@ NO_KERNEL_YET: dict[str, Callable[[], Any]] = {
     "topk_fwd": lambda: kk.topk_fwd(_cuda(2, 64), 8),
     "topk_router": lambda: kk.topk_router(_cuda(2, 64), 8),
     "sample_top_k": lambda: kk.sample_top_k(_cuda(2, 64), 8, 1.0, 0, 0),
-    "rope_and_cache": lambda: rope_and_cache(
-        _cuda(2, dtype="int64"), _cuda(2, 4, 8), _cuda(2, 4, 8), _cuda(2, 4, 8), _cuda(4, 8, dtype="float32"),
-        _cuda(3, 1, 4, 8), _cuda(3, 1, 4, 8), _cuda(2, dtype="int64"), "auto", None, None,
-    ),
     "attention": lambda: kk.flash_attn_func(*[_cuda(1, 4, 2, 8)] * 3),
     "merge_state": lambda: kk.merge_state(*[_cuda(1, 4, 2, 8), _cuda(1, 2, 4, dtype="float32")] * 2),
 }  # fmt: skip

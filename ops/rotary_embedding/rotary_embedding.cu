@@ -54,6 +54,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   load_floats(row, cosines);
   load_floats(row + args.half, sines);
   rotate_piece<kNeighbours>(first, second, cosines, sines);
+  compute_now(first);  // else the loads would move behind the return
+  compute_now(second);
   if (!args.cos_sin.holds(position)) return;
   store(x, first);
   store(partner, second);
