@@ -14,7 +14,7 @@ import pytest
 from kestrel_kernels.activation import gelu_residual_cuda
 from kestrel_kernels.embedding import embedding_into
 from kestrel_kernels.fp8_quant import fp8_e4m3fn_rowwise_quant_cuda, fp8_e4m3fn_tensor_quant_cuda
-from kestrel_kernels.kv_cache_write import reshape_and_cache_flash, rope_and_cache
+from kestrel_kernels.kv_cache_write import reshape_and_cache_flash
 from kestrel_kernels.layernorm_cuda import layernorm_bias_cuda, layernorm_bias_reload_cuda
 from kestrel_kernels.moe_sum import moe_sum
 from kestrel_kernels.norm import rmsnorm_into
@@ -277,10 +277,6 @@ def _cuda(*shape: int, dtype: str = "bfloat16") -> Any:
 NO_KERNEL_YET: dict[str, Callable[[], Any]] = {
     "linear": lambda: kk.linear(_cuda(2, 8), _cuda(4, 8)),
     "fused_mlp": lambda: kk.fused_mlp.fused_mlp(_cuda(2, 8), _cuda(4, 8), _cuda(4), _cuda(8, 4), _cuda(8), _cuda(2, 8)),
-    "rope_and_cache": lambda: rope_and_cache(
-        _cuda(2, dtype="int64"), _cuda(2, 4, 8), _cuda(2, 4, 8), _cuda(2, 4, 8), _cuda(4, 8, dtype="float32"),
-        _cuda(3, 1, 4, 8), _cuda(3, 1, 4, 8), _cuda(2, dtype="int64"), "auto", None, None,
-    ),
     "attention": lambda: kk.flash_attn_func(*[_cuda(1, 4, 2, 8)] * 3),
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kestrel_kernels.kv_cache_write import reshape_and_cache_flash, rope_and_cache
 from kestrel_kernels.rotary_embedding import rotary_embedding
 from kestrel_kernels.tau_tail_ops import tau_tail_apply_into
-from support import BACKENDS, HALVES, HAS_JAX, Backend, random, require_kernel
+from support import BACKENDS, CUDA_BACKENDS, HALVES, HAS_JAX, Backend, random
 
 TABLE = 30
 
@@ -100,7 +100,6 @@ class Problem:
 def test_same_bits(
     backend: Backend, mode: str, tau: str | None, tokens: tuple[int, ...], heads: int, size: int, width: int
 ) -> None:
-    require_kernel(backend)
     for dtype in HALVES:
         for interleaved in (False, True):
             Problem(backend, dtype, mode, tokens, heads, heads, size, width, tau, interleaved).check()
@@ -118,7 +117,6 @@ def test_odd_shapes(
     tokens: tuple[int, ...], query_heads: int, key_heads: int, half: int, rest: int, tau: str | None,
     interleaved: bool, page_size: int, mode: str, dtype: str, backend: Backend, seed: int,
 ) -> None:  # fmt: skip
-    require_kernel(backend)
     if tau is not None:
         query_heads = key_heads
     size, width = 2 * half + rest, 2 * half
@@ -130,7 +128,6 @@ def test_odd_shapes(
 
 def test_special_values(backend: Backend) -> None:
     """NaN and Inf come out as the separate ops put them."""
-    require_kernel(backend)
     for mode in ("auto", "fp8"):
         problem = Problem(backend, "bfloat16", mode, (40,), 2, 2, 16, 8, "as q")
         rng = np.random.default_rng(0)
@@ -139,8 +136,29 @@ def test_special_values(backend: Backend) -> None:
         problem.check()
 
 
+@pytest.mark.parametrize("on_cuda", CUDA_BACKENDS, ids=repr)
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["auto", "fp8"])
+@pytest.mark.parametrize("tau", [None, "as q", "float32"])
+@pytest.mark.parametrize(("size", "width"), [(64, 32), (33, 6)])
+def test_indices_out_of_range(
+    on_cuda: Backend, mode: str, tau: str | None, size: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unchecked: as in the separate ops, a bad position leaves out its step and a bad slot its token."""
+    monkeypatch.delenv("KESTREL_CHECK", raising=False)
+    problem = Problem(on_cuda, "bfloat16", mode, (40,), 4, 4, size, width, tau)
+    positions = problem.positions_host.copy()
+    positions[::3] = np.resize([TABLE, -1, 2**40, -(2**40), 2**32, 2**32 + 3, 2**63 - 1], len(positions[::3]))
+    problem.positions = on_cuda.array(positions, "int64")
+    slots = on_cuda.numpy(problem.slots).copy()
+    slots[1::4] = np.resize([2**31, 2**40, -(2**40), 2**63 - 1, problem.cache_shape[0] * 2], len(slots[1::4]))
+    problem.slots = on_cuda.array(slots, "int64")
+    problem.check()
+
+
 def test_slot_named_twice(backend: Backend) -> None:
-    require_kernel(backend)
+    if backend.device == "cuda":
+        pytest.skip("either token's row may stay")
     problem = Problem(backend, "bfloat16", "auto", (300,), 8, 8, 64, 64, "as q")
     problem.slots = backend.array(np.random.default_rng(0).integers(0, 5, 300), "int64")
     problem.check()
@@ -195,8 +213,8 @@ BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("case", range(len(BAD)))
-def test_bad_input(backend: Backend, case: int) -> None:
-    require_kernel(backend)
+def test_bad_input(backend: Backend, case: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KESTREL_CHECK", "1")
     error, message, changes = BAD[case]
     call: dict[str, Any] = {
         "positions": ("int64", [0, 1, 2, 3]), "q": ("bfloat16", (4, 2, 8)), "k": ("bfloat16", (4, 2, 8)),
@@ -213,7 +231,6 @@ def test_bad_input(backend: Backend, case: int) -> None:
 
 
 def test_bad_layouts(backend: Backend) -> None:
-    require_kernel(backend)
     x = backend.array(np.ones((2, 2, 16)), "bfloat16")
     good = x[..., :8]
     positions, slots = backend.array([0, 1], "int64"), backend.array([1, 0], "int64")

@@ -12,6 +12,25 @@ __device__ __forceinline__ void wait_for_predecessor() {
 #endif
 }
 
+// Has `value` computed here, not where it is used: a load stays ahead of the branch that follows. (ptxas still moves
+// address arithmetic past a wait.)
+template <class T>
+__device__ __forceinline__ void compute_now(T& value) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    static_assert(sizeof(T) == 4);
+    asm volatile("" : "+r"(value));
+  }
+}
+
+// The same for a pointer into global memory, which the compiler still knows it to be afterwards.
+template <class T>
+__device__ __forceinline__ void compute_now(T*& pointer) {
+  asm volatile("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+}
+
 // griddepcontrol.launch_dependents: the following grid may be placed. It publishes nothing.
 __device__ __forceinline__ void release_successor() {
 #if __CUDA_ARCH__ >= 900

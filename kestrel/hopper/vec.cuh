@@ -67,6 +67,13 @@ __device__ __forceinline__ Vec<T, kSize> from_floats(const float (&in)[kSize]) {
   return v;
 }
 
+// As in pdl.cuh, for a whole vector.
+template <class T, int kSize>
+__device__ __forceinline__ void compute_now(Vec<T, kSize>& v) {
+#pragma unroll
+  for (auto& word : v.words) asm volatile("" : "+r"(word));
+}
+
 inline bool aligned_to(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 // Does every row begin at a multiple of the vector's size?

@@ -1,7 +1,8 @@
-// Where a token goes in the cache, for all kernels that write it.
+// Where a token goes in the cache, and as what, for all kernels that write it.
 #pragma once
 
 #include "kestrel/hopper/index.cuh"
+#include "kestrel/hopper/vec.cuh"
 #include "ops/kv_cache_write/args.h"
 
 namespace kestrel {
@@ -26,6 +27,15 @@ __device__ __forceinline__ Place place_of(const Slots& slots, int64_t slot) {
   if (slot < 0 || slot >= slots.count) return {-1, 0};
   if (slots.page_size == 1) return {slot, 0};
   return {slot / slots.page_size, slot % slots.page_size};
+}
+
+template <class Cache, class T, int kVec>
+__device__ __forceinline__ Vec<Cache, kVec> convert_vector(const Vec<T, kVec>& v, float reciprocal) {
+  float f[kVec];
+  to_floats(v, f);
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) f[i] = __fmul_rn(f[i], reciprocal);
+  return from_floats<Cache>(f);
 }
 
 }  // namespace kestrel

@@ -80,7 +80,8 @@ __device__ __forceinline__ Moments join(Moments mine, float count) {
 }
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kTileThreads, Tile::kBlocks) layernorm_kernel(const __grid_constant__ TileArgs<T> args) {
+__global__ void __launch_bounds__(kTileThreads, Tile::kBlocks)
+    layernorm_kernel(const __grid_constant__ TileArgs<T> args) {
   static_assert(Tile::kLanes <= kTileThreads && Tile::kLanes % kWarp == 0);
   using V = Vec<T, Tile::kSize>;
   const int lane = threadIdx.x % Tile::kLanes;
@@ -93,6 +94,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks) layernorm_kernel(
     weight[v] = load<Tile::kSize>(args.weight + column(v));
     bias[v] = load<Tile::kSize>(args.bias + column(v));
   }
+  compute_now(x_row);
   wait_for_predecessor();
   release_successor();
   if (row >= args.rows) return;  // whole warps: a row of more lanes has its block alone

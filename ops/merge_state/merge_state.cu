@@ -40,6 +40,10 @@ __global__ void __launch_bounds__(kThreads) merge_state_kernel(const __grid_cons
   const float* at_a = logarithm(args.lse_a);
   const float* at_b = logarithm(args.lse_b);
   float* lse = logarithm(args.lse);
+  compute_now(of_a);
+  compute_now(of_b);
+  compute_now(at_a);
+  compute_now(at_b);
   wait_for_predecessor();
   release_successor();
   const bool inside = row < args.rows;

@@ -4,12 +4,16 @@
 
 #include "kestrel/contract.h"
 #include "kestrel/cpu/target.h"
+#include "kestrel/cuda.h"
 #include "ops/rope_and_cache/args.h"
 #include "ops/tau_tail/args.h"
 
 KESTREL_CPU_TWIN(rope_and_cache, void(const kestrel::RopeAndCacheArgs& args));
 
 namespace kestrel {
+namespace cuda {
+void rope_and_cache(Stream stream, const RopeAndCacheArgs& args);
+}
 
 void rope_and_cache(Stream stream, Tensor positions, Tensor q, Tensor k, Tensor v, Tensor cos_sin_cache, Tensor k_cache,
                     Tensor v_cache, Tensor slot_mapping, std::string_view kv_cache_dtype,
@@ -35,8 +39,11 @@ void rope_and_cache(Stream stream, Tensor positions, Tensor q, Tensor k, Tensor 
   }
   c.indices(stream, "positions", positions, 0, table, false);
   check_slots(c, stream, args.write);
-  c.cpu_only();
-  cpu::rope_and_cache(args);
+  if (c.on_cpu()) return cpu::rope_and_cache(args);
+  if constexpr (kHasCuda) {
+    DeviceGuard guard(q.device);
+    cuda::rope_and_cache(stream, args);
+  }
 }
 
 }  // namespace kestrel

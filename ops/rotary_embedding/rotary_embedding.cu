@@ -41,6 +41,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   x += (kNeighbours ? 2 * kVec : kVec) * piece;
   T* partner = x + (kNeighbours ? kVec : args.half);
   const uint32_t* position_at = args.positions.address(token);
+  compute_now(x);
+  compute_now(partner);
+  compute_now(position_at);
   wait_for_predecessor();
   release_successor();
   if (index >= args.pieces) return;
@@ -51,6 +54,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   load_floats(row, cosines);
   load_floats(row + args.half, sines);
   rotate_piece<kNeighbours>(first, second, cosines, sines);
+  compute_now(first);  // else the loads would move behind the return
+  compute_now(second);
   if (!args.cos_sin.holds(position)) return;
   store(x, first);
   store(partner, second);

@@ -40,6 +40,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) tau_tail_kernel(const __gri
          column * kVec;
   const T* tok_at = args.tok + token * args.tok_token + head;
   const uint32_t* position_at = args.positions.address(token);
+  compute_now(x);
+  compute_now(tok_at);
+  compute_now(position_at);
   wait_for_predecessor();
   release_successor();
   if (index >= args.threads) return;
@@ -50,9 +53,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) tau_tail_kernel(const __gri
   for (int i = 0; i < kVectors; ++i) v[i] = load<kVec>(x + i * step);
   const Tau tau = args.tau.row(position)[tau_head];
   const float factor = tau_factor(to_float(tok), to_float(tau));
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    v[i] = scale_vector(v[i], factor);
+    compute_now(v[i]);  // else the loads would move behind the return
+  }
   if (!args.tau.holds(position)) return;
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) store(x + i * step, scale_vector(v[i], factor));
+  for (int i = 0; i < kVectors; ++i) store(x + i * step, v[i]);
 }
 
 template <class T, class Tau>

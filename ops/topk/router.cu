@@ -96,6 +96,7 @@ __global__ void __launch_bounds__(kTileThreads) topk_router_kernel(const __grid_
   float bias[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) bias[i] = holds<Tile>(first, i, args.experts) ? args.bias.at(first + i) : 0.0f;
+  compute_now(of_lane);
   wait_for_predecessor();
   release_successor();
   if (row >= args.rows) return;  // whole warps

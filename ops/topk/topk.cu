@@ -30,6 +30,9 @@ __global__ void __launch_bounds__(kTileThreads) topk_kernel(const __grid_constan
   const T* of_lane = scores + first;
   T* value = args.values + row * args.values_stride + lane;
   int32_t* index = args.indices + row * args.indices_stride + lane;
+  compute_now(of_lane);
+  compute_now(value);
+  compute_now(index);
   wait_for_predecessor();
   release_successor();
   if (row >= args.rows) return;  // whole warps
