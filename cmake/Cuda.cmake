@@ -44,9 +44,10 @@ if(KESTREL_CUDA)
     set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
     set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
   endif()
-  # A spill is a warning of ptxas, thus an error; a serialized wgmma is a note, which the launcher makes one.
+  # A spill is a warning of ptxas, thus an error; a serialized wgmma is a note, which the launcher makes one. The
+  # launcher also keeps what -v says.
   add_compile_options(
-    "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-Xptxas=--warn-on-spills;-Xptxas=--warning-as-error>")
+    "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-Xptxas=-v,--warn-on-spills,--warning-as-error>")
   set(CMAKE_CUDA_COMPILER_LAUNCHER sh "${PROJECT_SOURCE_DIR}/cmake/nvcc.sh" ${CMAKE_CUDA_COMPILER_LAUNCHER})
   message(STATUS "CUDA kernels for ${KESTREL_CUDA_NAMES}, ${CMAKE_CUDA_COMPILER}")
 else()
