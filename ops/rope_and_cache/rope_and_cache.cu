@@ -38,7 +38,9 @@ struct VectorArgs {
   int64_t page, offset, cache_head;  // strides of both caches
   FastIndices positions;
   Table<float> cos_sin;
-  Slots slots;
+  FastIndices slots;
+  uint32_t slot_count;
+  Divider<uint32_t> page_size;
   DeviceValue<float> k_scale, v_scale;
   const T* tok;
   int64_t tok_token;
@@ -62,8 +64,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const uint32_t column = (apart ? kVec : 2 * kVec) * piece, step = apart ? args.half : kVec;
   T* x = side.x + token * side.token + head * side.head + column;
   const uint32_t* position_at = args.positions.address(token);
+  const uint32_t* slot_at = args.slots.address(token);
   compute_now(x);
   compute_now(position_at);
+  compute_now(slot_at);
   const bool inside = index < side.pieces;
   float scale = 1.0f;
   if constexpr (!std::is_same_v<T, Cache>)
@@ -72,8 +76,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   release_successor();
   if (!inside) return;
   auto first = load<kVec>(x), second = load<kVec>(x + step);
-  int64_t slot = -1;
-  if (which != kQuery) slot = args.slots.at(token);
+  const IndexWords slot = args.slots.at(slot_at);
   const IndexWords position = args.positions.at(position_at);
 
   if constexpr (kTau) {
@@ -98,10 +101,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     store(x + step, second);
     return;
   }
-  const Place place = place_of(args.slots, slot);
-  if (place.page < 0) return;
-  Cache* out =
-      args.caches[which - kKey] + place.page * args.page + place.offset * args.offset + head * args.cache_head + column;
+  if (!slot.below(args.slot_count)) return;
+  uint32_t page, offset;
+  args.page_size(slot.low, &page, &offset);
+  Cache* out = args.caches[which - kKey] + page * args.page + offset * args.offset + head * args.cache_head + column;
   if constexpr (std::is_same_v<T, Cache>) {
     store(out, first);
     store(out + step, second);
@@ -237,13 +240,14 @@ bool run_vectors(Stream stream, const RopeAndCacheArgs& a) {
   constexpr bool kTau = !std::is_same_v<Tau, NoTau>;
   const KvCacheWriteArgs& w = a.write;
   const Tensor &q = a.rotary.query, &cos_sin = a.rotary.cos_sin_cache;
-  const int64_t width = cos_sin.shape[1], size = w.head_size;
+  const int64_t width = cos_sin.shape[1], size = w.head_size, slots = w.pages * w.page_size;
   const Rows positions = token_rows(a.rotary.positions, 0), tok_rows = kTau ? token_rows(*a.tok_qv_lin, 1) : Rows{};
   const Table<float> table(cos_sin);
   const Table<Tau> tau(kTau ? *a.tau_pos_table : cos_sin);
-  if (size % kPiece != 0 || width % kPiece != 0 || !positions.uniform() || !tok_rows.uniform() || !table.fits() ||
-      !tau.fits() || !aligned_to(table.data, 16) || table.stride % 4 != 0 || !heads_fit<T>(q) || !heads_fit<T>(w.key) ||
-      !heads_fit<T>(w.value) || !caches_fit<T, Cache>(w.key_cache, w.value_cache))
+  if (slots == 0 || !fits_32_bits(slots) || size % kPiece != 0 || width % kPiece != 0 || !positions.uniform() ||
+      !tok_rows.uniform() || !table.fits() || !tau.fits() || !aligned_to(table.data, 16) || table.stride % 4 != 0 ||
+      !heads_fit<T>(q) || !heads_fit<T>(w.key) || !heads_fit<T>(w.value) ||
+      !caches_fit<T, Cache>(w.key_cache, w.value_cache))
     return false;
 
   int64_t blocks = 0;
@@ -271,7 +275,9 @@ bool run_vectors(Stream stream, const RopeAndCacheArgs& a) {
                                        w.key_cache.stride[2],
                                        FastIndices(a.rotary.positions, positions.inner_stride),
                                        table,
-                                       Slots(w),
+                                       FastIndices(w.slot_mapping, w.slot_mapping.stride[0]),
+                                       static_cast<uint32_t>(slots),
+                                       Divider<uint32_t>(w.page_size),
                                        w.k_scale,
                                        w.v_scale,
                                        kTau ? a.tok_qv_lin->ptr<T>() : nullptr,

@@ -13,7 +13,7 @@ namespace kestrel::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kBlocks = 12;  // on an SM: left to itself ptxas would save registers and put loads off
+constexpr int kBlocks = 8;  // on an SM: left to itself ptxas would save registers and put loads off
 
 template <class T, class Tau>
 struct VectorArgs {
@@ -46,11 +46,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks) tau_tail_kernel(const __gri
   wait_for_predecessor();
   release_successor();
   if (index >= args.threads) return;
-  const IndexWords position = args.positions.at(position_at);
-  const T tok = *tok_at;
   Vec<T, kVec> v[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) v[i] = load<kVec>(x + i * step);
+  const T tok = *tok_at;
+  const IndexWords position = args.positions.at(position_at);
   const Tau tau = args.tau.row(position)[tau_head];
   const float factor = tau_factor(to_float(tok), to_float(tau));
 #pragma unroll
