@@ -91,17 +91,17 @@ __global__ void __launch_bounds__(kTileThreads) topk_router_kernel(const __grid_
   constexpr int kPerLane = Tile::kPerLane;
   const int lane = threadIdx.x % kWarp, first = lane * kPerLane;
   const int64_t row = blockIdx.x * int64_t{kRowsPerBlock} + threadIdx.x / kWarp;
-  const T* scores = args.scores + row * args.scores_stride;
-  const T* of_lane = scores + first;
+  int64_t at = row * args.scores_stride;
   float bias[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) bias[i] = holds<Tile>(first, i, args.experts) ? args.bias.at(first + i) : 0.0f;
-  compute_now(of_lane);
+  compute_now(at);  // an offset: see topk.cu
   wait_for_predecessor();
   release_successor();
   if (row >= args.rows) return;  // whole warps
   uint32_t bits[kPerLane];
-  load_lane<Tile>(of_lane, first, args.experts, bits);
+  const T* scores = args.scores + at;
+  load_lane<Tile>(scores + first, first, args.experts, bits);
   float x[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {

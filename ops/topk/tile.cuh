@@ -9,7 +9,7 @@
 
 namespace kestrel {
 
-// kChosen: k, where it is known; else 0. kVec: adjacent scores of a load.
+// kVec: adjacent scores of a load. kChosen: k, where it is known and rows are 32 * kPerLane wide; else 0.
 template <int per_lane, int vec, int chosen = 0>
 struct LaneTile {
   static constexpr int kPerLane = per_lane, kVec = vec, kChosen = chosen;
@@ -23,6 +23,7 @@ constexpr int64_t kTileWidth = 512, kTileChosen = kWarp;
 
 template <class Tile>
 __device__ __forceinline__ bool holds(int first, int i, int width) {
+  if constexpr (Tile::kChosen > 0) return true;
   return Tile::kWholeLanes ? first < width : first + i < width;
 }
 

@@ -26,18 +26,18 @@ __global__ void __launch_bounds__(kTileThreads) topk_kernel(const __grid_constan
   constexpr int kPerLane = Tile::kPerLane, kUnroll = Tile::kChosen ? Tile::kChosen : 1;
   const int lane = threadIdx.x % kWarp, first = lane * kPerLane;
   const int64_t row = blockIdx.x * int64_t{kRowsPerBlock} + threadIdx.x / kWarp;
-  const T* scores = args.scores + row * args.scores_stride;
-  const T* of_lane = scores + first;
-  T* value = args.values + row * args.values_stride + lane;
-  int32_t* index = args.indices + row * args.indices_stride + lane;
-  compute_now(of_lane);
-  compute_now(value);
-  compute_now(index);
+  // Offsets, not pointers: through compute_now a pointer would lose that it is one into global memory.
+  int64_t at = row * args.scores_stride, value_at = row * args.values_stride + lane;
+  int64_t index_at = row * args.indices_stride + lane;
+  compute_now(at);
+  compute_now(value_at);
+  compute_now(index_at);
   wait_for_predecessor();
   release_successor();
   if (row >= args.rows) return;  // whole warps
   uint32_t bits[kPerLane];
-  load_lane<Tile>(of_lane, first, args.width, bits);
+  const T* scores = args.scores + at;
+  load_lane<Tile>(scores + first, first, args.width, bits);
   Key keys[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i)
@@ -60,11 +60,11 @@ __global__ void __launch_bounds__(kTileThreads) topk_kernel(const __grid_constan
     }
   }
   if (lane >= k) return;
-  *index = static_cast<int32_t>(index_of(chosen));
+  args.indices[index_at] = static_cast<int32_t>(index_of(chosen));
   if constexpr (kSoftmax)
-    *value = from_float<T>(weight * fast_reciprocal(sum));
+    args.values[value_at] = from_float<T>(weight * fast_reciprocal(sum));
   else
-    *value = scores[index_of(chosen)];  // bit for bit: a key knows neither -0.0 nor a NaN's bits
+    args.values[value_at] = scores[index_of(chosen)];  // bit for bit: a key knows neither -0.0 nor a NaN's bits
 }
 
 template <class T>
@@ -118,7 +118,7 @@ void choose(Stream stream, const TopkArgs& a) {
   const bool uniform = a.values_rows.uniform() && a.indices_rows.uniform();
   const auto run = [&]<class Tile>() {
     if constexpr (Tile::kPerLane == 2) {
-      if (a.k == 8) {
+      if (a.k == 8 && a.width == 2 * kWarp) {
         run_tile<T, LaneTile<2, 2, 8>>(stream, a);
         return true;
       }
