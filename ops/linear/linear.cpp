@@ -2,6 +2,7 @@
 
 #include "kestrel/contract.h"
 #include "kestrel/cpu/target.h"
+#include "kestrel/cuda.h"
 #include "ops/linear/linear_args.h"
 
 KESTREL_CPU_TWIN(linear, void(const kestrel::LinearArgs& args));
@@ -74,27 +75,47 @@ Tensor unfold(const Tensor& matrix, const Tensor& like) {
   return t;
 }
 
-}  // namespace
-
-void linear(Stream, Tensor out, Tensor x, Tensor w, std::optional<Tensor> b, std::optional<Tensor> residual,
-            std::string_view activation) {
-  Contract c("linear");
-  const LinearArgs args = check(c, activation_named(c, activation), out, x, w, b, residual);
-  c.cpu_only();
-  cpu::linear(args);
+void check_workspace(Contract& c, const std::optional<Tensor>& workspace) {
+  if (!workspace || c.on_cpu()) return;
+  c.out("workspace", *workspace).dtype({DType::kU8}).rank(1, 1).contiguous();
+  c.require(workspace->shape[0] >= kLinearWorkspaceBytes, "workspace", "linear_workspace_bytes() long",
+            workspace->shape[0]);
+  c.require(reinterpret_cast<uintptr_t>(workspace->data) % 256 == 0, "workspace", "at a multiple of 256 bytes",
+            std::string("another address"));
 }
 
-void fused_mlp(Stream, Tensor out, Tensor hidden, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2,
-               Tensor residual) {
+void run(Stream stream, const Contract& c, const LinearArgs& args, const std::optional<Tensor>& workspace) {
+  if (args.out.empty()) return;
+  if (c.on_cpu()) return cpu::linear(args);
+  if constexpr (kHasCuda) {
+    DeviceGuard guard(args.out.device);
+    cuda::linear(stream, args, workspace);
+  }
+}
+
+}  // namespace
+
+int64_t linear_workspace_bytes() { return kLinearWorkspaceBytes; }
+
+void linear(Stream stream, Tensor out, std::optional<Tensor> workspace, Tensor x, Tensor w, std::optional<Tensor> b,
+            std::optional<Tensor> residual, std::string_view activation) {
+  Contract c("linear");
+  const LinearArgs args = check(c, activation_named(c, activation), out, x, w, b, residual);
+  check_workspace(c, workspace);
+  run(stream, c, args, workspace);
+}
+
+void fused_mlp(Stream stream, Tensor out, Tensor hidden, std::optional<Tensor> workspace, Tensor x, Tensor w1,
+               Tensor b1, Tensor w2, Tensor b2, Tensor residual) {
   Contract c("fused_mlp");
   hidden = unfold(hidden, x);
   const LinearArgs up =
       check(c, LinearActivation::kGeluTanh, hidden, x, w1, b1, {}, {.out = "hidden", .w = "w1", .b = "b1"});
   const LinearArgs down =
       check(c, LinearActivation::kNone, out, hidden, w2, b2, residual, {.x = "hidden", .w = "w2", .b = "b2"});
-  c.cpu_only();
-  cpu::linear(up);
-  cpu::linear(down);
+  check_workspace(c, workspace);
+  run(stream, c, up, workspace);
+  run(stream, c, down, workspace);
 }
 
 }  // namespace kestrel

@@ -18,4 +18,11 @@ struct LinearArgs {
   int64_t depth;    // K
 };
 
+// The same for all shapes, so that the algorithm depends on nothing else: what NVIDIA recommends for Hopper.
+inline constexpr int64_t kLinearWorkspaceBytes = 32 << 20;
+
+namespace cuda {
+void linear(Stream stream, const LinearArgs& args, const std::optional<Tensor>& workspace);
+}
+
 }  // namespace kestrel

@@ -4,6 +4,7 @@
 
 KESTREL_EXPORT(linear);
 KESTREL_EXPORT(fused_mlp);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_workspace_bytes, kestrel::linear_workspace_bytes);
 
 namespace {
 

@@ -206,6 +206,23 @@ def new_array(like: Any, shape: Sequence[int], dtype: str | None = None) -> Any:
     )
 
 
+def scratch(like: Any, size: int) -> Any:
+    """uint8 memory for a call that writes `like`, on its device. None on the CPU, where ops need none, and where no
+    framework that could give it is loaded."""
+    if _is(like, "torch", "Tensor"):
+        return like.new_empty(size, dtype=sys.modules["torch"].uint8) if like.is_cuda else None
+    place = getattr(like, "__dlpack_device__", None)
+    kind, index = place() if place else (1, 0)
+    if kind != 2:  # kDLCUDA
+        return None
+    if (cupy := sys.modules.get("cupy")) and (_is(like, "cupy", "ndarray") or "torch" not in sys.modules):
+        with cupy.cuda.Device(index):
+            return cupy.empty(size, "uint8")
+    if torch := sys.modules.get("torch"):
+        return torch.empty(size, dtype=torch.uint8, device=f"cuda:{index}")
+    return None
+
+
 def result(array: Any, like: Any) -> Any:
     """What `new_array(like, ...)` gave, once written, as an array of `like`'s framework."""
     if _is(like, "jax", "Array"):

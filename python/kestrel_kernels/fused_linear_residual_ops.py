@@ -1,19 +1,34 @@
 """Linear layers with bias, activation and residual in one pass: `activation(x @ w.T + b) + residual`.
 
-Arrays are bf16 or fp16 (fp32 too on the CPU), all of one dtype; any M, N, K, zero too; rows of any stride, the last
-dimension contiguous. Sums, bias, activation and residual are fp32, rounded once. A row's result does not depend on the
-other rows. `out` may be `residual` and must share no memory with the other arguments.
+Arrays are bf16, fp16 or fp32, all of one dtype; any M, N, K, zero too; rows of any stride, the last dimension
+contiguous. Sums, bias, activation and residual are fp32, rounded once. A row's result does not depend on what the other
+rows hold; on CUDA, where the products are cuBLASLt's, its last bits may depend on how many rows there are. `out` may be
+`residual` and must share no memory with the other arguments.
 """
 
 from __future__ import annotations
 
-from kestrel_kernels._op import Array, ArrayT, Op, new_array, result, shape_of
+import functools
+from typing import Any
+
+from kestrel_kernels import _library
+from kestrel_kernels._op import Array, ArrayT, Op, new_array, result, scratch, shape_of
 
 __all__ = ["fused_linear_bias_residual_into", "linear", "linear_into"]
 
-_linear = Op("linear", "out x w b residual activation", writes="out")
+_linear = Op("linear", "out workspace x w b residual activation", writes="out workspace")
 
 _GATES = frozenset({"gelu_residual", "silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"})
+
+
+@functools.cache
+def _workspace_bytes() -> int:
+    return int(_library.load().linear_workspace_bytes())
+
+
+def _workspace(out: Any) -> Any:
+    """A call's own, from its framework's allocator: a kept one would be shared by graphs that are replayed at once."""
+    return scratch(out, _workspace_bytes())
 
 
 def linear_into(
@@ -28,7 +43,7 @@ def linear_into(
 
     Args:
         out: `[..., N]`, dtype of x; written. May be `residual`.
-        x: `[..., K]`, bf16 or fp16 (fp32 too on the CPU).
+        x: `[..., K]`, bf16, fp16 or fp32.
         w: `[N, K]`, dtype of x.
         b: `[N]`, dtype of x, or None.
         residual: as out, or None.
@@ -41,7 +56,7 @@ def linear_into(
         TypeError: a dtype that is not taken, or an immutable `out`.
         ValueError: a shape, stride, alignment, device or activation that does not fit.
     """
-    _linear(out, x, w, b, residual, activation or "")
+    _linear(out, _workspace(out), x, w, b, residual, activation or "")
 
 
 def linear(
@@ -55,7 +70,7 @@ def linear(
     *leading, _ = shape_of("linear: x", x)
     columns = shape_of("linear: w", w)[0]
     out = new_array(x, (*leading, columns // 2 if activation in _GATES else columns))
-    _linear(out, x, w, b, residual, activation or "")
+    _linear(out, _workspace(out), x, w, b, residual, activation or "")
     return result(out, x)
 
 
@@ -64,4 +79,4 @@ def fused_linear_bias_residual_into(x: Array, w: Array, b: Array, residual: Arra
 
     `out` is written and may be `residual`. Errors of `linear_into`.
     """
-    _linear(out, x, w, b, residual, "")
+    _linear(out, _workspace(out), x, w, b, residual, "")

@@ -1,0 +1,208 @@
+// cuBLASLt counts columns first, so out^T = w x^T is what it is asked for: w and x as [K, N] and [K, M] in its order, w
+// transposed, and the bias runs along the columns of out. The algorithm is the first that the heuristic names for the
+// exact problem; it is kept per device and problem, so eager calls and captured graphs give the same bits.
+// Descriptors are made on the stack: five calls that allocate nothing, and threads share none.
+#include "ops/linear/product.h"
+
+#include <cublasLt.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <mutex>
+#include <shared_mutex>
+#include <string>
+#include <unordered_map>
+
+#include "kestrel/cublaslt.h"
+#include "kestrel/cuda.h"
+#include "kestrel/cuda_check.h"
+
+namespace kestrel::cuda {
+namespace {
+
+#define KESTREL_CUBLASLT(member, name) decltype(&name) member = cublaslt_function<decltype(&name)>(#name)
+struct Library {
+  KESTREL_CUBLASLT(create, cublasLtCreate);
+  KESTREL_CUBLASLT(status_name, cublasLtGetStatusName);
+  KESTREL_CUBLASLT(init_operation, cublasLtMatmulDescInit_internal);
+  KESTREL_CUBLASLT(set_operation, cublasLtMatmulDescSetAttribute);
+  KESTREL_CUBLASLT(init_layout, cublasLtMatrixLayoutInit_internal);
+  KESTREL_CUBLASLT(init_preference, cublasLtMatmulPreferenceInit_internal);
+  KESTREL_CUBLASLT(set_preference, cublasLtMatmulPreferenceSetAttribute);
+  KESTREL_CUBLASLT(heuristic, cublasLtMatmulAlgoGetHeuristic);
+  KESTREL_CUBLASLT(matmul, cublasLtMatmul);
+};
+#undef KESTREL_CUBLASLT
+
+const Library& library() {
+  static const Library found;
+  return found;
+}
+
+void check(cublasStatus_t status, const char* call) {
+  if (status != CUBLAS_STATUS_SUCCESS)
+    throw Error(ErrorKind::kRuntimeError, std::string(call) + ": " + library().status_name(status));
+}
+
+// A graph being captured forbids calls that might synchronize; making a handle adds nothing to the graph.
+class CapturePaused {
+ public:
+  CapturePaused() { cuda_check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
+  ~CapturePaused() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  CapturePaused(const CapturePaused&) = delete;
+  CapturePaused& operator=(const CapturePaused&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// One for each device, kept to the end of the process: the driver may be gone before static objects are.
+cublasLtHandle_t handle_of(int device) {
+  static std::array<std::atomic<cublasLtHandle_t>, kMaxDevices> handles;
+  static std::mutex mutex;
+  std::atomic<cublasLtHandle_t>& handle = handles.at(device);
+  if (cublasLtHandle_t made = handle.load(std::memory_order_acquire)) return made;
+  std::lock_guard lock(mutex);
+  cublasLtHandle_t made = handle.load(std::memory_order_relaxed);
+  if (!made) {
+    CapturePaused paused;
+    check(library().create(&made), "cublasLtCreate");
+    handle.store(made, std::memory_order_release);
+  }
+  return made;
+}
+
+cudaDataType_t cuda_type(DType dtype) {
+  return dtype == DType::kBF16 ? CUDA_R_16BF : dtype == DType::kF16 ? CUDA_R_16F : CUDA_R_32F;
+}
+
+cublasLtEpilogue_t epilogue_of(const Product& p) {
+  if (p.bias) return p.gelu_tanh ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_BIAS;
+  return p.gelu_tanh ? CUBLASLT_EPILOGUE_GELU : CUBLASLT_EPILOGUE_DEFAULT;
+}
+
+// No kernel asks for more than 16, so all addresses that are multiples of it share an algorithm.
+int64_t alignment(const void* p) {
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  return std::min<int64_t>(address & -address, 16);
+}
+
+// The problem as cuBLASLt sees it.
+struct Descriptors {
+  cublasLtMatmulDescOpaque_t operation;
+  cublasLtMatrixLayoutOpaque_t w, x, residual, out;
+
+  explicit Descriptors(const Product& p) {
+    const Library& lt = library();
+    check(lt.init_operation(&operation, sizeof operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescInit");
+    set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
+    if (const cublasLtEpilogue_t epilogue = epilogue_of(p); epilogue != CUBLASLT_EPILOGUE_DEFAULT)
+      set(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
+    if (p.bias) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, p.bias);
+    init(&w, p.dtype, p.depth, p.columns, p.w_stride);
+    init(&x, p.dtype, p.depth, p.rows, p.x_stride);
+    init(&residual, p.out_dtype, p.columns, p.rows, p.residual ? p.residual_stride : p.out_stride);
+    init(&out, p.out_dtype, p.columns, p.rows, p.out_stride);
+  }
+
+ private:
+  template <class T>
+  void set(cublasLtMatmulDescAttributes_t attribute, const T& value) {
+    check(library().set_operation(&operation, attribute, &value, sizeof value), "cublasLtMatmulDescSetAttribute");
+  }
+  static void init(cublasLtMatrixLayoutOpaque_t* layout, DType dtype, int64_t rows, int64_t columns, int64_t stride) {
+    check(library().init_layout(layout, sizeof *layout, cuda_type(dtype), rows, columns, stride),
+          "cublasLtMatrixLayoutInit");
+  }
+};
+
+struct Algorithm {
+  bool found = false;
+  cublasLtMatmulAlgo_t algorithm{};
+};
+
+// Partial sums of a split depth are joined in fp32: the default would also allow them to be rounded to 16 bits.
+Algorithm ask(cublasLtHandle_t handle, const Product& p, Descriptors* d, int64_t workspace_bytes) {
+  const Library& lt = library();
+  cublasLtMatmulPreferenceOpaque_t preference;
+  check(lt.init_preference(&preference, sizeof preference), "cublasLtMatmulPreferenceInit");
+  const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
+    check(lt.set_preference(&preference, attribute, &value, sizeof value), "cublasLtMatmulPreferenceSetAttribute");
+  };
+  set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(workspace_bytes));
+  set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+  set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, static_cast<uint32_t>(alignment(p.w)));
+  set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, static_cast<uint32_t>(alignment(p.x)));
+  set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<uint32_t>(alignment(p.residual ? p.residual : p.out)));
+  set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<uint32_t>(alignment(p.out)));
+  CapturePaused paused;
+  cublasLtMatmulHeuristicResult_t first{};
+  int count = 0;
+  const cublasStatus_t status =
+      lt.heuristic(handle, &d->operation, &d->w, &d->x, &d->residual, &d->out, &preference, 1, &first, &count);
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED || (status == CUBLAS_STATUS_SUCCESS && count == 0)) return {};
+  check(status, "cublasLtMatmulAlgoGetHeuristic");
+  return {first.state == CUBLAS_STATUS_SUCCESS, first.algo};
+}
+
+// All that the choice may depend on.
+using Key = std::array<int64_t, 16>;
+
+struct KeyHash {
+  size_t operator()(const Key& key) const {
+    uint64_t hash = 0;
+    for (const int64_t word : key)
+      hash = (hash ^ static_cast<uint64_t>(word)) * 0x9e3779b97f4a7c15u, hash ^= hash >> 32;
+    return hash;
+  }
+};
+
+Algorithm algorithm_for(cublasLtHandle_t handle, const Product& p, Descriptors* d, int64_t workspace_bytes) {
+  constexpr size_t kMost = 4096;  // then the map starts anew: asking again gives the same answers
+  static std::unordered_map<Key, Algorithm, KeyHash> known;
+  static std::shared_mutex mutex;
+  const Key key{p.device.device_id,
+                static_cast<int64_t>(p.dtype),
+                static_cast<int64_t>(p.out_dtype),
+                static_cast<int64_t>(epilogue_of(p)),
+                p.rows,
+                p.columns,
+                p.depth,
+                p.x_stride,
+                p.w_stride,
+                p.out_stride,
+                p.residual ? p.residual_stride : -1,
+                alignment(p.x),
+                alignment(p.w),
+                alignment(p.out),
+                p.residual ? alignment(p.residual) : 0,
+                workspace_bytes};
+  {
+    std::shared_lock lock(mutex);
+    if (const auto found = known.find(key); found != known.end()) return found->second;
+  }
+  const Algorithm chosen = ask(handle, p, d, workspace_bytes);
+  std::lock_guard lock(mutex);
+  if (known.size() >= kMost) known.clear();
+  known.emplace(key, chosen);
+  return chosen;
+}
+
+}  // namespace
+
+bool multiply(Stream stream, const Product& p, Memory workspace) {
+  const cublasLtHandle_t handle = handle_of(p.device.device_id);
+  Descriptors d(p);
+  const Algorithm chosen = algorithm_for(handle, p, &d, workspace.bytes);
+  if (!chosen.found) return false;
+  const float one = 1, residual_factor = p.residual ? 1 : 0;
+  check(library().matmul(handle, &d.operation, &one, p.w, &d.w, p.x, &d.x, &residual_factor,
+                         p.residual ? p.residual : p.out, &d.residual, p.out, &d.out, &chosen.algorithm, workspace.data,
+                         static_cast<size_t>(workspace.bytes), static_cast<cudaStream_t>(stream.handle)),
+        "cublasLtMatmul");
+  return true;
+}
+
+}  // namespace kestrel::cuda
