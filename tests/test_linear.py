@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kestrel_kernels import _library
 from kestrel_kernels import fused_linear_residual_ops as ops
 from kestrel_kernels import fused_mlp as mlp
 from support import BACKENDS, CUDA_BACKENDS, FLOATS, HALVES, HAS_JAX, Backend, assert_close, numpy_dtype, random
@@ -406,7 +407,7 @@ def test_workspace() -> None:
         ops._linear(out, None, x, w, bias, residual, activation or "")
         want = expected(activation, *map(b.numpy, (x, w, bias, residual)))
         assert_close(b.numpy(out), want, "bfloat16", slack(b, 128) + 2e-5)
-    size = ops._workspace_bytes()
+    size = ops._WORKSPACE_BYTES
     memory = torch.empty(size + 1, dtype=torch.uint8, device="cuda")
     out.fill_(torch.nan)
     for bad, message in [
@@ -463,3 +464,7 @@ def test_dlpack_objects() -> None:
     args = [as_tensor(a) for a in (out, x, w, bias, residual)]
     ops.linear_into(args[0], args[1], args[2], args[3], args[4], "silu_and_mul")
     assert torch.equal(out, want)
+
+
+def test_workspace_bytes() -> None:
+    assert _library.load().linear_workspace_bytes() == ops._WORKSPACE_BYTES

@@ -78,10 +78,7 @@ cudaDataType_t cuda_type(DType dtype) {
   return dtype == DType::kBF16 ? CUDA_R_16BF : dtype == DType::kF16 ? CUDA_R_16F : CUDA_R_32F;
 }
 
-cublasLtEpilogue_t epilogue_of(const Product& p) {
-  if (p.bias) return p.gelu_tanh ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_BIAS;
-  return p.gelu_tanh ? CUBLASLT_EPILOGUE_GELU : CUBLASLT_EPILOGUE_DEFAULT;
-}
+cublasLtEpilogue_t epilogue_of(const Product& p) { return p.bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT; }
 
 // No kernel asks for more than 16, so all addresses that are multiples of it share an algorithm.
 int64_t alignment(const void* p) {

@@ -8,10 +8,8 @@ rows hold; on CUDA, where the products are cuBLASLt's, its last bits may depend 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-from kestrel_kernels import _library
 from kestrel_kernels._op import Array, ArrayT, Op, new_array, result, scratch, shape_of
 
 __all__ = ["fused_linear_bias_residual_into", "linear", "linear_into"]
@@ -21,14 +19,12 @@ _linear = Op("linear", "out workspace x w b residual activation", writes="out wo
 _GATES = frozenset({"gelu_residual", "silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"})
 
 
-@functools.cache
-def _workspace_bytes() -> int:
-    return int(_library.load().linear_workspace_bytes())
+_WORKSPACE_BYTES = 32 << 20  # kestrel::linear_workspace_bytes(), a constant: torch.compile cannot ask the library
 
 
 def _workspace(out: Any) -> Any:
     """A call's own, from its framework's allocator: a kept one would be shared by graphs that are replayed at once."""
-    return scratch(out, _workspace_bytes())
+    return scratch(out, _WORKSPACE_BYTES)
 
 
 def linear_into(
