@@ -215,10 +215,6 @@ int64_t row_stride(const Rows& rows, int64_t width) {
 // last place). Its tanh GELU is an approximation (2e-4), so it is not taken.
 bool multiply_to_out(Stream stream, const LinearArgs& a, Product product, Memory workspace) {
   if (a.activation != Kind::kNone || a.columns == 1) return false;
-  const auto whole = [&](int64_t elements) { return elements * size_of(a.x.dtype) % kAlignment == 0; };
-  if (a.b && !(aligned_to(a.b->data, kAlignment) && whole(a.columns) && whole(a.depth) && whole(product.x_stride) &&
-               whole(product.w_stride)))
-    return false;
   product.out = a.out.data;
   product.out_dtype = a.out.dtype;
   product.out_stride = row_stride(a.out_rows, a.columns);
@@ -228,7 +224,16 @@ bool multiply_to_out(Stream stream, const LinearArgs& a, Product product, Memory
     product.residual_stride = row_stride(a.residual_rows, a.columns);
     if (product.residual_stride == 0) return false;
   }
-  if (a.b) product.bias = a.b->data;
+  if (a.b) {
+    const void* operands[] = {a.b->data, product.x, product.w, product.out, product.residual};
+    const int64_t rows[] = {
+        a.columns, a.depth, product.x_stride, product.w_stride, product.out_stride, product.residual_stride};
+    for (const void* operand : operands)
+      if (!aligned_to(operand, kAlignment)) return false;
+    for (const int64_t row : rows)
+      if (row * size_of(a.x.dtype) % kAlignment != 0) return false;
+    product.bias = a.b->data;
+  }
   return multiply(stream, product, workspace);
 }
 

@@ -240,5 +240,5 @@ def _numpy_dtype(name: str) -> Any:
     return np.dtype(name)
 
 
-if "torch" in sys.modules:  # else on the first call: a graph may be the first caller
+if sys.modules.get("torch") is not None:  # else on the first call: a graph may be the first caller
     _know_torch(sys.modules["torch"])
