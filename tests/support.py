@@ -125,11 +125,3 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, dtype: str, slack: fl
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     """Frobenius norm of the difference over that of the expected values."""
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
-
-
-def require_kernel(backend: Backend) -> None:
-    """Marks a test of an op that has no CUDA kernel yet."""
-    if backend.device == "cuda":
-        import pytest
-
-        pytest.skip("this op has no CUDA kernel yet")

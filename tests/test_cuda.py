@@ -1,6 +1,6 @@
 """What holds on CUDA for every op alike: the caller's stream and device, graphs, dependent launches, checks on request.
 
-Each test runs for each op that has a kernel; the others say that they have none.
+Each test runs for each op.
 """
 
 from __future__ import annotations
@@ -74,6 +74,12 @@ def _sample(out: Any, x: Any, _: Any) -> None:
     out[...] = kk.sample_top_k(x, 40, 1.0, 1, 2)[:, None]
 
 
+def _attention(out: Any, x: Any, _: Any) -> None:
+    """Causal, the first half of x as queries, the second as keys and values."""
+    q, k = (x[:, half].reshape(1, ROWS, 16, 64) for half in (slice(WIDTH // 2), slice(WIDTH // 2, WIDTH)))
+    kk.flash_attn_func(q, k, k, causal=True, out=out.reshape(q.shape))
+
+
 def _linear(out: Any, x: Any, _: Any) -> None:
     """By cuBLASLt's epilogue. Parts of x are all there is: a product short enough for sums that cancel to be exact."""
     linear_into(out, x[:, :32], x[:64, 32:64], x[0, :64], x[:, 64:128])
@@ -100,6 +106,7 @@ OPS: dict[str, tuple[Call, int, int]] = {
     "topk_narrow": (_topk_narrow, ROWS, 8),
     "sample_top_k": (_sample, ROWS, 1),
     "merge_state": (_merge_state, ROWS, WIDTH // 2),
+    "attention": (_attention, ROWS, WIDTH // 2),
     "linear": (_linear, ROWS, 64),
     "linear_gate": (_linear_gate, ROWS, 32),
 }
@@ -283,19 +290,53 @@ def test_slots_out_of_range(bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
         case.call()
 
 
-def _cuda(*shape: int, dtype: str = "bfloat16") -> Any:
-    return torch.zeros(shape, dtype=getattr(torch, dtype), device="cuda")
+@pytest.mark.parametrize("seqused", [[2**31 - 1, -5], [31, -(2**31)]])
+def test_lengths_out_of_range(seqused: list[int]) -> None:
+    """Attention cuts lengths and offsets to what the tensors hold; NaN lies beside them."""
+
+    def ints(*values: int) -> Any:
+        return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+    def among_nan(rows: int) -> Any:
+        return torch.nn.functional.pad(torch.randn(rows, 2, 64, device="cuda"), [0] * 4 + [64] * 2, value=torch.nan)
+
+    q, k, v = (among_nan(rows).bfloat16()[64:-64] for rows in (9, 30, 30))
+    q2, k2, v2 = (x[None].expand(2, -1, -1, -1) for x in (q, k, v))
+    got, want = (
+        kk.flash_attn_with_kvcache(q2, k2, v2, seqused_k=ints(*used), causal=True) for used in (seqused, [30, 0])
+    )
+    assert torch.equal(got, want)
+
+    def packed(starts_q: Any, starts_k: Any, used: Any) -> Any:
+        out = torch.full_like(q, 7.0)
+        return kk.flash_attn_varlen_func(q, k, v, starts_q, starts_k, 9, 30, seqused_k=used, out=out)
+
+    end = 2**31 - 1
+    want = packed(ints(0, 4, 9), ints(0, 5, 30), ints(5, 25))
+    assert torch.equal(packed(ints(-3, 4, end), ints(-7, 5, end), None), want)
+    assert torch.equal(packed(ints(-end, 4, end), ints(-end, 5, end), ints(end, end)), want)
+    assert not packed(ints(0, 9, 9), ints(99, 120, 300), None).any()
+    assert not packed(ints(0, 9, 9), ints(20, 5, 300), None).any()
+    assert (packed(ints(9, 3, 0), ints(0, 5, 30), None) == 7).all()
 
 
-NO_KERNEL_YET: dict[str, Callable[[], Any]] = {
-    "attention": lambda: kk.flash_attn_func(*[_cuda(1, 4, 2, 8)] * 3),
-}  # fmt: skip
+def test_pages_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention masks their keys; KESTREL_CHECK=1 names the first."""
+    monkeypatch.delenv("KESTREL_CHECK", raising=False)
+    q, cache = (torch.randn(shape, device="cuda").bfloat16() for shape in ((1, 1, 2, 64), (40, 1, 2, 64)))
+    good = torch.randperm(40, device="cuda").int()
+    table = torch.stack([good, torch.tensor([-1, 40, 2**31 - 1, -(2**31)] * 10, device="cuda").int()], 1).reshape(1, -1)
 
+    def attend(pages: Any) -> Any:
+        return kk.flash_attn_with_kvcache(q, cache, cache, page_table=pages, return_lse=True)
 
-@pytest.mark.parametrize("op", NO_KERNEL_YET)
-def test_no_kernel_yet(op: str) -> None:
-    with pytest.raises(NotImplementedError, match="has no CUDA kernel yet, got tensors on cuda:0"):
-        NO_KERNEL_YET[op]()
+    for got, want in zip(attend(table), attend(good[None]), strict=True):
+        assert torch.allclose(got.float(), want.float(), rtol=2**-7, atol=1e-5)
+    empty, lse = attend(table[:, 1::2].contiguous())
+    assert not empty.any() and (lse == -torch.inf).all()
+    monkeypatch.setenv("KESTREL_CHECK", "1")
+    with pytest.raises(ValueError, match=r"page_table must hold pages in \[0, 40\), got -1 at \[0, 1\]"):
+        attend(table)
 
 
 def test_twins_agree() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from attention_oracle import attend
 from kestrel_kernels.flash_attn import cute
-from support import FLOATS, HAS_JAX, Backend, assert_close, random, require_kernel
+from support import FLOATS, HAS_JAX, Backend, assert_close, random
 
 
 def merged(a: np.ndarray, lse_a: np.ndarray, b: np.ndarray, lse_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +69,6 @@ def test_parts_without_keys(backend: Backend, dtype: str) -> None:
 
 def test_joins_attention(backend: Backend) -> None:
     """Attention over the first keys and over the rest, joined, is attention over all."""
-    require_kernel(backend)  # attention's
     q, k, v = (backend.array(random((6, 2, 32), seed), "float16") for seed in range(3))
     parts = [cute.flash_attn_func(q[None], k[None, s], v[None, s], return_lse=True) for s in (np.s_[:2], np.s_[2:])]
     out, lse = cute.merge_state(*parts[0], *parts[1])

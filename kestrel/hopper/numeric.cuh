@@ -13,11 +13,16 @@ namespace kestrel {
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 __device__ __forceinline__ float to_float(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ __forceinline__ float to_float(e4m3 x) {
+  return __half2float(__ushort_as_half(__nv_cvt_fp8_to_halfraw(x.bits, __NV_E4M3).x));
+}
 
 template <class T>
 __device__ __forceinline__ float2 to_float2(uint32_t pair) {
   if constexpr (dtype_of<T> == DType::kBF16) {
     return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
+  } else if constexpr (dtype_of<T> == DType::kE4M3) {  // in the low 16 bits
+    return __half22float2(__nv_cvt_fp8x2_to_halfraw2(static_cast<uint16_t>(pair), __NV_E4M3));
   } else {
     static_assert(dtype_of<T> == DType::kF16);
     return __half22float2(reinterpret_cast<const __half2&>(pair));

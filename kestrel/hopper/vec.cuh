@@ -40,6 +40,12 @@ __device__ __forceinline__ void to_floats(const Vec<T, kSize>& v, float (&out)[k
       out[w] = __uint_as_float(v.words[w]);
     } else if constexpr (kSize == 1) {
       out[w] = to_float(T{v.words[w]});
+    } else if constexpr (sizeof(T) == 1 && sizeof(v.words[w]) == 4) {
+      const float2 low = to_float2<T>(v.words[w]), high = to_float2<T>(v.words[w] >> 16);
+      out[4 * w] = low.x;
+      out[4 * w + 1] = low.y;
+      out[4 * w + 2] = high.x;
+      out[4 * w + 3] = high.y;
     } else {
       const float2 pair = to_float2<T>(v.words[w]);
       out[2 * w] = pair.x;

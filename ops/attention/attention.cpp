@@ -4,23 +4,32 @@
 #include <cmath>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "kestrel/contract.h"
 #include "kestrel/cpu/target.h"
+#include "kestrel/cuda.h"
+#include "kestrel/indices.h"
 #include "ops/attention/problem.h"
 
 KESTREL_CPU_TWIN(attention, void(const kestrel::AttentionProblem& problem));
 
 namespace kestrel {
+namespace cuda {
+void attention(Stream stream, const AttentionProblem& problem);
+}
+
 namespace {
 
 constexpr int64_t kInt32End = int64_t{1} << 31;
 
 thread_local const char* last_kernel = "";
 
+// Dimensions of one index have no stride: frameworks put anything there, which would look unaligned.
 AttentionStrides strides_of(const Tensor& t) {
-  if (t.rank == 4) return {t.stride[0], t.stride[1], t.stride[2]};
-  return {0, t.stride[0], t.stride[1]};
+  const auto stride = [&](int dim) { return t.shape[dim] > 1 ? t.stride[dim] : 0; };
+  if (t.rank == 4) return {stride(0), stride(1), stride(2)};
+  return {0, stride(0), stride(1)};
 }
 
 const int32_t* pointer(const std::optional<Tensor>& t) { return t ? t->ptr<int32_t>() : nullptr; }
@@ -37,6 +46,27 @@ void check_bound(Contract& c, const char* name, std::optional<int64_t> bound, in
            std::to_string(*bound) + " for a length of " + std::to_string(length));
 }
 
+// Index tensors as the host reads them. Those of the GPU are copied, for KESTREL_CHECK=1.
+class HostIndices {
+ public:
+  explicit HostIndices(Stream stream) : stream_(stream) {}
+  const int32_t* read(const std::optional<Tensor>& t) {
+    if (!t || t->on_cpu() || t->empty()) return pointer(t);
+    if constexpr (kHasCuda) {
+      int64_t low = 0, high = 0;  // the outermost elements: strides may be negative
+      for (int i = 0; i < t->rank; ++i) (t->stride[i] < 0 ? low : high) += (t->shape[i] - 1) * t->stride[i];
+      std::vector<int32_t>& copy = copies_.emplace_back(static_cast<size_t>(high - low + 1));
+      copy_to_host(stream_, t->device, copy.data(), t->ptr<int32_t>() + low, copy.size() * sizeof(int32_t));
+      return copy.data() - low;
+    }
+    return nullptr;
+  }
+
+ private:
+  Stream stream_;
+  std::vector<std::vector<int32_t>> copies_;
+};
+
 // Offsets that start anywhere and never fall. Rows before the first and after the last belong to no sequence.
 void check_offsets(Contract& c, const char* name, const int32_t* offsets, int64_t batch, int64_t total) {
   for (int64_t b = 0; b <= batch; ++b) {
@@ -47,7 +77,7 @@ void check_offsets(Contract& c, const char* name, const int32_t* offsets, int64_
 }
 
 // The lengths and pages of each sequence. Pages that no query sees are not looked at: a window leaves old ones behind.
-void check_sequences(Contract& c, const AttentionProblem& p, int64_t pages, std::optional<int64_t> max_seqlen_q,
+void check_sequences(Contract& c, const AttentionProblem& p, std::optional<int64_t> max_seqlen_q,
                      std::optional<int64_t> max_seqlen_k) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = sequence_of(p, b);
@@ -64,8 +94,8 @@ void check_sequences(Contract& c, const AttentionProblem& p, int64_t pages, std:
     if (first >= last) continue;
     const int32_t* table = p.page_table + b * p.page_table_stride;
     for (int64_t entry = first / p.page_size; entry <= (last - 1) / p.page_size; ++entry)
-      if (table[entry] < 0 || table[entry] >= pages)
-        c.fail(ErrorKind::kValueError, "page_table", "hold pages in [0, " + std::to_string(pages) + ")",
+      if (table[entry] < 0 || table[entry] >= p.pages)
+        c.fail(ErrorKind::kValueError, "page_table", "hold pages in [0, " + std::to_string(p.pages) + ")",
                std::to_string(table[entry]) + " at [" + std::to_string(b) + ", " + std::to_string(entry) + "]");
   }
 }
@@ -151,7 +181,7 @@ void attention(Stream stream, Tensor out, std::optional<Tensor> lse, Tensor q, T
   if (o.page_table) {
     p.page_table = pointer(o.page_table);
     p.page_table_stride = o.page_table->stride[0];
-    p.page_size = page_size;
+    p.page_size = page_size, p.pages = pages;
   }
   p.prefix_lens = pointer(prefix.tensor), p.prefix_len = prefix.host;
   p.window_left = o.window_left.value_or(-1), p.window_right = o.window_right.value_or(-1);
@@ -162,14 +192,26 @@ void attention(Stream stream, Tensor out, std::optional<Tensor> lse, Tensor q, T
   p.softmax_scale = o.softmax_scale.value_or(static_cast<float>(1.0 / std::sqrt(static_cast<double>(D.size))));
   p.softcap = o.softcap;
 
-  c.cpu_only();
-  if (p.cu_seqlens_q) check_offsets(c, "cu_seqlens_q", p.cu_seqlens_q, B, total_q);
-  if (p.cu_seqlens_k) check_offsets(c, "cu_seqlens_k", p.cu_seqlens_k, B, total_k);
-  if (prefix.tensor) c.indices(stream, "prefix_len", *prefix.tensor, 0, kInt32End, false);
-  check_sequences(c, p, pages, o.max_seqlen_q, o.max_seqlen_k);
-  last_kernel = "cpu";
+  bool check = c.on_cpu();
+  if constexpr (kHasCuda) check = check || (checks_device_indices() && !is_capturing(stream));
+  if (check) {
+    HostIndices host(stream);
+    AttentionProblem read = p;
+    read.cu_seqlens_q = host.read(o.cu_seqlens_q), read.cu_seqlens_k = host.read(o.cu_seqlens_k);
+    read.seqused_k = host.read(o.seqused_k), read.page_table = host.read(o.page_table);
+    read.prefix_lens = host.read(prefix.tensor);
+    if (read.cu_seqlens_q) check_offsets(c, "cu_seqlens_q", read.cu_seqlens_q, B, total_q);
+    if (read.cu_seqlens_k) check_offsets(c, "cu_seqlens_k", read.cu_seqlens_k, B, total_k);
+    if (prefix.tensor) c.indices(stream, "prefix_len", *prefix.tensor, 0, kInt32End, false);
+    check_sequences(c, read, o.max_seqlen_q, o.max_seqlen_k);
+  }
+  last_kernel = c.on_cpu() ? "cpu" : "FlashAttentionPlain";
   if (out.empty()) return;
-  cpu::attention(p);
+  if (c.on_cpu()) return cpu::attention(p);
+  if constexpr (kHasCuda) {
+    DeviceGuard guard(q.device);
+    cuda::attention(stream, p);
+  }
 }
 
 }  // namespace kestrel

@@ -44,7 +44,7 @@ struct AttentionOptions {
 KESTREL_API void attention(Stream stream, Tensor out, std::optional<Tensor> lse, Tensor q, Tensor k, Tensor v,
                            const AttentionOptions& options);
 
-// The kernel that this thread's latest attention() ran: "cpu", or "" before the first.
+// The kernel that this thread's latest attention() ran: "cpu", "FlashAttentionPlain" on CUDA, or "" before the first.
 KESTREL_API const char* last_attention_kernel();
 
 }  // namespace kestrel

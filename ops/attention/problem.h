@@ -24,7 +24,7 @@ struct AttentionProblem {
   int64_t q_len, k_len;  // of every sequence, or room for it, where no tensor says otherwise
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_k;  // or null
   const int32_t* page_table;                               // or null
-  int64_t page_table_stride, page_size;
+  int64_t page_table_stride, page_size, pages;
 
   const int32_t* prefix_lens;         // or null
   int64_t prefix_len;                 // -1: no prefix

@@ -106,8 +106,8 @@ def flash_attn_func(
     Raises:
         TypeError: a dtype that is not taken, or an immutable out.
         ValueError: a shape, stride, device or value that does not fit: also a length above its bound or the room there
-            is, and a needed page outside the cache (on the CPU always checked).
-        NotImplementedError: CUDA tensors.
+            is, and a needed page outside the cache (on the CPU always checked; on CUDA with KESTREL_CHECK=1, else such
+            lengths are cut to what there is and such pages masked).
     """
     return _attention(
         _func, out, return_lse, window_size, q, k, v, None, None, None, None, None, None,
@@ -211,7 +211,8 @@ def flash_attn_with_kvcache(
 
 
 def last_kernel() -> str:
-    """The kernel that this thread's latest call of the three functions ran: "cpu" for CPU arrays, "" before any."""
+    """The kernel that this thread's latest call of the three functions ran: "cpu" for CPU arrays,
+    "FlashAttentionPlain" on CUDA, "" before any."""
     return str(_library.load().last_attention_kernel())
 
 
@@ -228,7 +229,6 @@ def merge_state_into(out: Array, lse: Array, out_a: Array, lse_a: Array, out_b: 
     Raises:
         TypeError: a dtype that is not taken, or an immutable out or lse.
         ValueError: a shape, stride or device that does not fit.
-        NotImplementedError: CUDA tensors.
     """
     _merge_state(out, lse, out_a, lse_a, out_b, lse_b)
 
