@@ -225,9 +225,9 @@ def scratch(like: Any, size: int) -> Any:
 
 def result(array: Any, like: Any) -> Any:
     """What `new_array(like, ...)` gave, once written, as an array of `like`'s framework."""
-    if _is(like, "jax", "Array"):
-        return sys.modules["jax"].numpy.asarray(array)
-    return array
+    if _is(like, "torch", "Tensor") or not _is(like, "jax", "Array"):  # a graph cannot ask JAX about torch's tensors
+        return array
+    return sys.modules["jax"].numpy.asarray(array)
 
 
 def _numpy_dtype(name: str) -> Any:
