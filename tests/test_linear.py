@@ -407,7 +407,7 @@ def test_workspace() -> None:
         ops._linear(out, None, x, w, bias, residual, activation or "")
         want = expected(activation, *map(b.numpy, (x, w, bias, residual)))
         assert_close(b.numpy(out), want, "bfloat16", slack(b, 128) + 2e-5)
-    size = ops._WORKSPACE_BYTES
+    size = ops.WORKSPACE_BYTES
     memory = torch.empty(size + 1, dtype=torch.uint8, device="cuda")
     out.fill_(torch.nan)
     for bad, message in [
@@ -467,4 +467,4 @@ def test_dlpack_objects() -> None:
 
 
 def test_workspace_bytes() -> None:
-    assert _library.load().linear_workspace_bytes() == ops._WORKSPACE_BYTES
+    assert _library.load().linear_workspace_bytes() == ops.WORKSPACE_BYTES

@@ -50,7 +50,7 @@ def _print_table() -> None:
         "library": _library.folder("lib") / "libkestrel.so",
         "CPU": f"{library.cpu_level()}, {threads} thread{'s' * (threads != 1)}",
         "CUDA kernels": library.cuda_architectures() or "none in this build",
-        "GPUs": "\n".join(_gpus()) or "none seen",
+        "GPUs": "\n".join(gpus()) or "none seen",
         "tvm-ffi": tvm_ffi.__version__,
         "Python": sys.version.split()[0],
     }
@@ -59,7 +59,7 @@ def _print_table() -> None:
             print(f"{'' if i else name:<14}{line}")
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """The driver's list, asked by another process: this one starts no CUDA."""
     tool = shutil.which("nvidia-smi")
     if tool is None:

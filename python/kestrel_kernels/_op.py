@@ -131,10 +131,13 @@ def _convert(what: str, array: Any, written: bool) -> Any:
     )
 
 
-def as_tensor(array: Array) -> Any:
+def as_tensor(array: Array, dtype: str | None = None) -> Any:
     """A tvm_ffi.Tensor on the array's memory. Ops take it as it is, where a NumPy array is converted on every call
-    (1 us, bf16 and fp8 7 us), but they no longer see whether it may be written."""
-    return _convert("as_tensor: array", array, written=False)
+    (1 us, bf16 and fp8 7 us), but they no longer see whether it may be written. `dtype`: what integers of the same
+    width stand for, "bfloat16" or "float8_e4m3fn"."""
+    if dtype is None:
+        return _convert("as_tensor: array", array, written=False)
+    return _relabelled(array, dtype)
 
 
 # DLPack's codes of the dtypes that NumPy knows from ml_dtypes, and the NumPy dtype of the same width.
@@ -153,13 +156,19 @@ def _convert_numpy(what: str, array: Any, written: bool) -> Any:
             return tvm_ffi.from_dlpack(array.__dlpack__(max_version=(1, 1)))
         except BufferError:
             raise TypeError(f"{what} has a dtype that DLPack does not carry, got {array.dtype}") from None
-    # NumPy exports no extension dtype: export an integer view and put the dtype code into the capsule's DLTensor.
-    code, stand_in = _EXTENSION_DTYPES[array.dtype.name]
-    capsule = array.view(stand_in).__dlpack__(max_version=(1, 1))
+    return _relabelled(array.view(_EXTENSION_DTYPES[array.dtype.name][1]), array.dtype.name)
+
+
+def _relabelled(integers: Any, dtype: str) -> Any:
+    """NumPy and CuPy export no extension dtype: export integers and put its code into the capsule's DLTensor."""
+    import tvm_ffi
+
+    capsule = integers.__dlpack__(max_version=(1, 1))
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     address = pointer(capsule, b"dltensor_versioned")
-    ctypes.c_uint8.from_address(address + 32 + 20).value = code  # DLManagedTensorVersioned.dl_tensor.dtype.code
+    # DLManagedTensorVersioned.dl_tensor.dtype.code
+    ctypes.c_uint8.from_address(address + 32 + 20).value = _EXTENSION_DTYPES[dtype][0]
     return tvm_ffi.from_dlpack(capsule)
 
 

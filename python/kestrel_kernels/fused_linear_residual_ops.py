@@ -19,12 +19,12 @@ _linear = Op("linear", "out workspace x w b residual activation", writes="out wo
 _GATES = frozenset({"gelu_residual", "silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"})
 
 
-_WORKSPACE_BYTES = 32 << 20  # kestrel::linear_workspace_bytes(), a constant: torch.compile cannot ask the library
+WORKSPACE_BYTES = 32 << 20  # kestrel::linear_workspace_bytes(), a constant: torch.compile cannot ask the library
 
 
 def _workspace(out: Any) -> Any:
     """A call's own, from its framework's allocator: a kept one would be shared by graphs that are replayed at once."""
-    return scratch(out, _WORKSPACE_BYTES)
+    return scratch(out, WORKSPACE_BYTES)
 
 
 def linear_into(
@@ -34,6 +34,8 @@ def linear_into(
     b: Array | None = None,
     residual: Array | None = None,
     activation: str | None = None,
+    *,
+    workspace: Array | None = None,
 ) -> None:
     """out = activation(x @ w.T + b) + residual.
 
@@ -47,12 +49,14 @@ def linear_into(
             `kestrel_kernels.activation` by name (`gelu_residual`, `silu_and_mul`, `gelu_and_mul`, `gelu_tanh_and_mul`):
             then w is `[2I, K]`, b `[2I]`, out `[..., I]`, and the first I rows of w give the half that the activation
             function is applied to (GLU variants: Shazeer 2020).
+        workspace: uint8 `[WORKSPACE_BYTES]` on the GPU, for a CUDA graph captured without torch: it must live as long
+            as the graph, and calls that run at once must not share it. None takes it from the framework's allocator.
 
     Raises:
         TypeError: a dtype that is not taken, or an immutable `out`.
         ValueError: a shape, stride, alignment, device or activation that does not fit.
     """
-    _linear(out, _workspace(out), x, w, b, residual, activation or "")
+    _linear(out, _workspace(out) if workspace is None else workspace, x, w, b, residual, activation or "")
 
 
 def linear(

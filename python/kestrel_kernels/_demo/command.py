@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
     add("--prompt", "what to ask", PROMPT, metavar="P")
     add("--max-tokens", "end the answer after N tokens", 256, type=_at_least(int, 1), metavar="N")
-    add("--device", "where to run; auto takes the CPU for now", "auto", choices=("auto", "cpu", "cuda"))
+    add("--device", "where to run; auto takes the GPU where there is one", "auto", choices=("auto", "cpu", "cuda"))
     add(
         "--kv-cache-dtype", "what keys and values are kept in: auto is bfloat16; fp8 (e4m3) takes half the memory",
         "auto", choices=("auto", "fp8"),
@@ -87,16 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    if args.device == "cuda":
-        raise DemoError("--device cuda follows in the next release; this one runs on the CPU")
     if args.report and not args.report.resolve().parent.is_dir():
         raise DemoError(f"report {args.report}: no such folder")
     start = perf_counter()
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from kestrel_kernels import _library
-    from kestrel_kernels._demo import gguf_model, meter, report
+    from kestrel_kernels._demo import gguf_model, report
+    from kestrel_kernels._demo.device import open_device
+    from kestrel_kernels._demo.model import Model, Sampling
     from kestrel_kernels._demo.session import Generation, Session
     from kestrel_kernels._demo.tokenizer import TextStream, Tokenizer
 
@@ -111,19 +110,18 @@ def _demo(args: argparse.Namespace) -> int:
             lambda what, done: progress.update(task, description=what, completed=done),
         )
         progress.update(task, description="loading the library", completed=1.0)
-        _library.load()
+        device = open_device(args.device)
         tokenizer = Tokenizer(loaded.tokenizer)
-        from kestrel_kernels._demo.model import Model
-
-        model = Model(loaded)
+        model = Model(loaded, device)
         question = os.fsencode(args.prompt).decode("utf-8", "replace")  # what came as bytes that are no UTF-8
         prompt = tokenizer.chat(question)
-        session = Session(model, len(prompt) + args.max_tokens, args.kv_cache_dtype, args.seed & 0x7FFFFFFF)
+        sampling = Sampling(args.temperature, args.top_k, args.seed)
+        session = Session(model, len(prompt) + args.max_tokens, args.kv_cache_dtype, args.seed & 0x7FFFFFFF, sampling)
+        generation = Generation(session, prompt, args.max_tokens, tokenizer.ends)
         load_seconds = perf_counter() - start
         progress.update(task, description="measuring the machine")
-        roof = meter.measure_roof()
+        roof = device.roof()
 
-    generation = Generation(session, prompt, args.max_tokens, tokenizer.ends, args.temperature, args.top_k, args.seed)
     stream, pieces = TextStream(tokenizer), []
     try:
         for token in generation:
@@ -141,7 +139,7 @@ def _demo(args: argparse.Namespace) -> int:
     )
     run = report.Run(
         path.stem, question, "".join(pieces), ", ".join(settings), len(prompt), generation.tokens,
-        generation.prefill_seconds, generation.decode_seconds, load_seconds, meter.cpu_name(), roof, generation.rows(),
+        generation.prefill_seconds, generation.decode_seconds, load_seconds, device.name, roof, generation.rows(),
     )  # fmt: skip
     report.print_table(run, Console())
     if args.report:

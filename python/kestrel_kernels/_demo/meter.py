@@ -1,18 +1,10 @@
-"""Calls of ops that are bound once and run many times, each one timed; and what the machine could do at best."""
+"""Calls of ops that are bound once and run many times, and how long they took."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from time import perf_counter, perf_counter_ns
-
-import numpy as np
-
-from kestrel_kernels._op import as_tensor
-from kestrel_kernels.fused_linear_residual_ops import linear_into
+from time import perf_counter_ns
 
 
 @dataclass(frozen=True)
@@ -36,7 +28,7 @@ class Program:
     def __init__(self, phase: str, calls: list[Call]) -> None:
         self.phase = phase
         self.calls = calls
-        self.nanoseconds = [0] * len(calls)
+        self.nanoseconds: list[float] = [0] * len(calls)
         self.keys: list[int] = []  # of each run
 
     def run(self, keys: int) -> None:
@@ -48,6 +40,9 @@ class Program:
             nanoseconds[i] += now - before
             before = now
         self.keys.append(keys)
+
+    def measure(self) -> None:
+        """After the runs: finds the times of the calls where running did not."""
 
 
 @dataclass
@@ -93,35 +88,3 @@ def rows(programs: Iterable[Program]) -> list[Row]:
 class Roof:
     bandwidth: float  # byte/s, of a plain copy: read and written bytes
     peak: float  # flop/s, of a matrix product
-    cores: int
-
-
-def measure_roof(seconds: float = 0.2) -> Roof:
-    """The best of many short copies (larger than the caches) and of many products, for `seconds` each."""
-    cores = len(os.sched_getaffinity(0))
-    source, target = np.ones(64 << 20, np.uint8), np.ones(64 << 20, np.uint8)
-    with ThreadPoolExecutor(cores) as pool:  # NumPy copies without the interpreter's lock
-        pieces = np.array_split(target, cores), np.array_split(source, cores)
-        copy = _best(lambda: list(pool.map(np.copyto, *pieces)), seconds)
-    a, c = np.ones((512, 512), np.float32), np.empty((512, 512), np.float32)
-    product = _best(lambda: np.matmul(a, a, out=c), seconds)
-    own = partial(linear_into, as_tensor(c), as_tensor(a), as_tensor(a))  # NumPy's library may not be the faster one
-    return Roof(2 * source.nbytes / copy, 2 * 512**3 / min(product, _best(own, seconds)), cores)
-
-
-def _best(run: Callable[[], object], seconds: float) -> float:
-    times: list[float] = []
-    end = perf_counter() + seconds
-    while len(times) < 5 or perf_counter() < end:
-        start = perf_counter()
-        run()
-        times.append(perf_counter() - start)
-    return min(times)
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "CPU")
-    except OSError:
-        return "CPU"

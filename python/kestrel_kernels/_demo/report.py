@@ -34,7 +34,7 @@ class Run:
     prefill_seconds: float
     decode_seconds: float
     load_seconds: float
-    cpu: str
+    device: str
     roof: Roof
     rows: list[Row]
 
@@ -49,7 +49,7 @@ class Run:
     @property
     def machine(self) -> str:
         return (
-            f"{self.cpu}, {self.roof.cores} cores; roof: copy {self.roof.bandwidth / 1e9:.1f} GB/s, "
+            f"{self.device}; roof: copy {self.roof.bandwidth / 1e9:.1f} GB/s, "
             f"matrix product {self.roof.peak / 1e12:.3f} TFLOP/s"
         )
 
