@@ -13,8 +13,10 @@ CXX_FILES = $(shell find kestrel ops tests/consumer -name '*.h' -o -name '*.cpp'
 # The demo on a machine without a GPU needs the CPU part alone; once the whole is built here, it keeps that one.
 ifneq ($(shell nvidia-smi -L 2>/dev/null),)
   DEMO_BUILD := full
+  DEMO := demo-gpu
 else
   DEMO_BUILD := $(if $(wildcard .venv/.full),full,cpu)
+  DEMO := demo
 endif
 
 .DEFAULT_GOAL := help
@@ -78,7 +80,7 @@ endef
 
 .venv/.full: .venv/.tools $(SOURCES)
 	@echo "Building the package (some minutes where there is a CUDA compiler)"
-	$(call install,full,demo)
+	$(call install,full,$(DEMO))
 	@touch $@ && rm -f .venv/.cpu
 
 .venv/.dev .venv/.bench: .venv/.full

@@ -234,7 +234,9 @@ def test_mlp(backend: Backend, dtype: str, shape: tuple[int, int, int, int]) -> 
     out = backend.poisoned((m, n), dtype)
     mlp.fused_mlp_gelu_bias_residual_cuda(out, hidden, *arrays)
     want = expected("gelu_tanh", *map(backend.numpy, (x, w1, b1)))
-    assert_close(backend.numpy(hidden), want, dtype, slack(backend, shape[1]))
+    # In bf16 on the GPU by cuBLASLt's epilogue, whose tanh is off by up to 5e-4.
+    approximate = 5e-4 if backend.device == "cuda" and dtype == "bfloat16" else 0
+    assert_close(backend.numpy(hidden), want, dtype, slack(backend, shape[1]) + approximate)
     want = expected(None, *map(backend.numpy, (hidden, w2, b2, residual)))
     assert_close(backend.numpy(out), want, dtype, slack(backend, width))
     assert np.array_equal(backend.bits(mlp.fused_mlp(*arrays)), backend.bits(out))

@@ -109,8 +109,8 @@ void fused_mlp(Stream stream, Tensor out, Tensor hidden, std::optional<Tensor> w
                Tensor b1, Tensor w2, Tensor b2, Tensor residual) {
   Contract c("fused_mlp");
   hidden = unfold(hidden, x);
-  const LinearArgs up =
-      check(c, LinearActivation::kGeluTanh, hidden, x, w1, b1, {}, {.out = "hidden", .w = "w1", .b = "b1"});
+  LinearArgs up = check(c, LinearActivation::kGeluTanh, hidden, x, w1, b1, {}, {.out = "hidden", .w = "w1", .b = "b1"});
+  up.hidden = true;
   const LinearArgs down =
       check(c, LinearActivation::kNone, out, hidden, w2, b2, residual, {.x = "hidden", .w = "w2", .b = "b2"});
   check_workspace(c, workspace);

@@ -78,12 +78,15 @@ cudaDataType_t cuda_type(DType dtype) {
   return dtype == DType::kBF16 ? CUDA_R_16BF : dtype == DType::kF16 ? CUDA_R_16F : CUDA_R_32F;
 }
 
-cublasLtEpilogue_t epilogue_of(const Product& p) { return p.bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT; }
+cublasLtEpilogue_t epilogue_of(const Product& p) {
+  if (!p.bias) return CUBLASLT_EPILOGUE_DEFAULT;
+  return p.gelu ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_BIAS;
+}
 
-// No kernel asks for more than 16, so all addresses that are multiples of it share an algorithm.
+// What cuBLASLt asks about: up to 256 bytes.
 int64_t alignment(const void* p) {
   const auto address = reinterpret_cast<uintptr_t>(p);
-  return std::min<int64_t>(address & -address, 16);
+  return std::min<int64_t>(address & -address, 256);
 }
 
 // The problem as cuBLASLt sees it.

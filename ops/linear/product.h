@@ -10,7 +10,8 @@ struct Memory {
   int64_t bytes = 0;
 };
 
-// out = x w^T + residual + bias, fp32 sums rounded once. Strides are of rows, at least as wide as these.
+// out = x w^T + residual + bias, or its tanh GELU; fp32 sums rounded once. Strides are of rows, at least as wide as
+// these.
 struct Product {
   DLDevice device;  // the current one
   DType dtype;      // of x, w, bias and residual
@@ -23,6 +24,7 @@ struct Product {
   const void* residual = nullptr;  // may be out
   int64_t residual_stride = 0;
   const void* bias = nullptr;  // at a multiple of 16 bytes
+  bool gelu = false;           // with a bias
 };
 
 // False where cuBLASLt has no algorithm for the product: nothing is launched then.

@@ -61,37 +61,36 @@ class Cuda:
             self.stream.begin_capture()
             for call in calls:
                 call()
-            return self.stream.end_capture()
+            graph = self.stream.end_capture()
+        graph.upload(self.stream)
+        return graph
 
-    def seconds(self, graph: cupy.cuda.Graph, replays: int) -> float:
-        """Of one replay, when many follow each other."""
+    def seconds(self, launch: Callable[[], object], launches: int) -> float:
+        """Of one launch, when many follow each other."""
         start, end = cupy.cuda.Event(), cupy.cuda.Event()
-        graph.launch(self.stream)
+        launch()
         start.record(self.stream)
-        for _ in range(replays):
-            graph.launch(self.stream)
+        for _ in range(launches):
+            launch()
         end.record(self.stream)
         end.synchronize()
-        return cupy.cuda.get_elapsed_time(start, end) * 1e-3 / replays
+        return cupy.cuda.get_elapsed_time(start, end) * 1e-3 / launches
 
     def roof(self) -> Roof:
         """Of a copy of 1 GiB and a bf16 product of 4096 x 4096 matrices."""
         source, target = cupy.empty(1 << 30, cupy.uint8), cupy.empty(1 << 30, cupy.uint8)
         runtime = cupy.cuda.runtime
-        copy = self.capture(
-            [
-                partial(
-                    runtime.memcpyAsync, target.data.ptr, source.data.ptr, source.nbytes,
-                    runtime.memcpyDeviceToDevice, self.stream.ptr,
-                )
-            ]
+        copy = partial(
+            runtime.memcpyAsync, target.data.ptr, source.data.ptr, source.nbytes, runtime.memcpyDeviceToDevice,
+            self.stream.ptr,
         )  # fmt: skip
         size = 4096
         a, c = (self.put(np.ones((size, size), ml_dtypes.bfloat16)) for _ in range(2))
         product = self.capture(
             [partial(linear_into, self.tensor(c), self.tensor(a), self.tensor(a), workspace=self.workspace)]
         )
-        return Roof(2 * source.nbytes / self.seconds(copy, 20), 2 * size**3 / self.seconds(product, 50))
+        launch = partial(product.launch, self.stream)
+        return Roof(2 * source.nbytes / self.seconds(copy, 20), 2 * size**3 / self.seconds(launch, 50))
 
 
 class _PinnedBlock(Block):
@@ -141,6 +140,6 @@ class _GraphProgram(Program):
         for op in dict.fromkeys(call.op for call in self.calls):
             members = [i for i, call in enumerate(self.calls) if call.op == op]
             graph = self._device.capture([self.calls[i].run for i in members])
-            each = self._device.seconds(graph, replays=20) / len(members)
+            each = self._device.seconds(partial(graph.launch, self._device.stream), 20) / len(members)
             for i in members:
                 self.nanoseconds[i] = each * 1e9 * len(self.keys)

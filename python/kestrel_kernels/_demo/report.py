@@ -16,7 +16,7 @@ from kestrel_kernels._demo.errors import DemoError
 from kestrel_kernels._demo.meter import Roof, Row
 
 _NOTE = (
-    "GB/s counts the bytes that a call must move, TFLOP/s what it must compute. Of roof: the time that the slower of "
+    "GB/s counts the bytes that a call must move, TFLOP/s what it must compute. Roof: the time that the slower of "
     "the two takes at the machine's best, over the time taken; what lies in a cache can be faster than memory."
 )
 
@@ -62,7 +62,7 @@ class Run:
         return found
 
 
-_COLUMNS = ("op", "calls", "time", "of phase", "rate", "of roof", "bound by")
+_COLUMNS = ("op", "calls", "us/call", "ms", "share", "rate", "roof", "bound by")
 
 
 def _cells(row: Row, wall: float, roof: Roof) -> tuple[str, ...]:
@@ -71,7 +71,8 @@ def _cells(row: Row, wall: float, roof: Roof) -> tuple[str, ...]:
     return (
         row.op,
         f"{row.calls:,}",
-        _time(row.seconds),
+        f"{row.seconds / row.calls * 1e6:,.1f}",
+        _milliseconds(row.seconds),
         f"{row.seconds / wall:.1%}",
         rate,
         f"{row.share(roof):.0%}",
@@ -80,12 +81,11 @@ def _cells(row: Row, wall: float, roof: Roof) -> tuple[str, ...]:
 
 
 def _rest(seconds: float, wall: float) -> tuple[str, ...]:
-    return ("between ops", "", _time(seconds), f"{seconds / wall:.1%}", "", "", "")
+    return ("between ops", "", "", _milliseconds(seconds), f"{seconds / wall:.1%}", "", "", "")
 
 
-def _time(seconds: float) -> str:
-    milliseconds = seconds * 1e3
-    return f"{milliseconds:.2f} ms" if milliseconds < 100 else f"{milliseconds:,.0f} ms"
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}" if seconds < 0.1 else f"{seconds * 1e3:,.0f}"
 
 
 def print_table(run: Run, console: Console) -> None:
@@ -95,7 +95,7 @@ def print_table(run: Run, console: Console) -> None:
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for phase, wall, rows, rest in run.sections():
         table.add_section()
-        table.add_row(phase, "", _time(wall), style="bold")
+        table.add_row(phase, "", "", _milliseconds(wall), style="bold")
         for row in rows:
             table.add_row(*_cells(row, wall, run.roof)[:shown])
         table.add_row(*_rest(rest, wall)[:shown], style="dim")
@@ -136,7 +136,7 @@ def _page(run: Run) -> str:
 
     body = []
     for phase, wall, rows, rest in run.sections():
-        body.append(line((phase, "", _time(wall), "", "", "", ""), style=' class="phase"'))
+        body.append(line((phase, "", "", _milliseconds(wall), "", "", "", ""), style=' class="phase"'))
         body += [line(_cells(row, wall, run.roof)) for row in rows]
         body.append(line(_rest(rest, wall), style=' class="rest"'))
     table = "\n".join(body)

@@ -21,7 +21,7 @@ class SmolLM2DecodeStep(Entry):
     pattern = "b1"
     function = "flash_attn.cute.flash_attn_with_kvcache"
     outputs = "logits"
-    tolerance = 4e-2  # 30 layers with eight roundings to bf16 each; PyTorch's own has 3.5e-2
+    tolerance = 6e-2  # 30 layers with eight roundings to bf16 each; PyTorch's bf16 is off by 3 to 5e-2
 
     keys = 128  # this token's included
 
