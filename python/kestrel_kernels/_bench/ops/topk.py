@@ -140,5 +140,7 @@ class SampleTopK(Entry):
 
     def eager(self, s: Set) -> Any:
         values, ids = s["logits"].topk(self.k)
-        drawn = torch.multinomial((values.float() / s["temperature"]).softmax(-1), 1)
+        chances = (values.float() / s["temperature"]).softmax(-1)
+        # The race that torch.multinomial runs, without its check, which synchronizes and cannot be captured.
+        drawn = (chances / torch.empty_like(chances).exponential_()).argmax(-1, keepdim=True)
         return ids.gather(-1, drawn)
