@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 import ml_dtypes
@@ -102,6 +103,9 @@ def _available() -> list[str]:
 BACKENDS = [Backend(name) for name in _available()]  # arrays that can be outputs too
 CUDA_BACKENDS = [b for b in BACKENDS if b.device == "cuda"]
 HAS_JAX = importlib.util.find_spec("jax") is not None
+HAS_JAX_CUDA = bool(CUDA_BACKENDS) and any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
+if HAS_JAX_CUDA:  # torch and the others want memory too
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def random(shape: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> np.ndarray:

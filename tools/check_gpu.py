@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"tests": 600, "memcheck": 300, "racecheck": 300, "bench": 300}  # seconds
+LIMITS = {"tests": 900, "memcheck": 400, "racecheck": 400, "bench": 400}  # seconds
 SANITIZER_FOUND = 77  # exit status
 
 

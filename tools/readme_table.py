@@ -26,18 +26,25 @@ def table(results: dict[str, Any]) -> str:
     """Markdown. Losses are shown as such: the faster of ours and the best peer is bold."""
     rows = [r for r in results["rows"] if r["op"] != HOST_TIME]
     host = [r for r in results["rows"] if r["op"] == HOST_TIME]
+    any_bare = any(row.get("bare") for row in rows)
     lines = [
         f"{results['gpu']}, microseconds per call: cold (no input in a cache), warm, the floor that memory and matrix "
-        "units set, and the fastest other implementation in the same run.",
+        "units set, and the fastest other implementation in the same run"
+        + ("; bare product: the matrix products alone, without what the op does besides." if any_bare else "."),
         "",
         "| op | case | cold | warm | floor | of floor | best peer |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        peer = min(row["peers"].items(), key=lambda item: item[1], default=None)
+        bare = row.get("bare", ())
+        rivals = {name: us for name, us in row["peers"].items() if name not in bare}
+        peer = min(rivals.items(), key=lambda item: item[1], default=None)
         lost = peer is not None and peer[1] < row["us"]
         ours = figure(row["us"]) if lost else f"**{figure(row['us'])}**"
         other = "" if peer is None else f"**{figure(peer[1])}** {peer[0]}" if lost else f"{figure(peer[1])} {peer[0]}"
+        other = "; ".join(
+            filter(None, [other, *(f"bare product {figure(row['peers'][name])} {name}" for name in bare)])
+        )
         share = f"{100 * row['floor_us'] / row['us']:.0f}%"
         cells = (row["op"], row["case"], ours, figure(row["warm_us"]), figure(row["floor_us"]), share, other)
         lines.append("| " + " | ".join(cells) + " |")

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from kestrel_kernels import _compiled, _library
+from kestrel_kernels import _compiled, _jax, _library
 
 Array = Any  # torch.Tensor, numpy.ndarray, jax.Array, cupy.ndarray, or any other object that speaks DLPack
 ArrayT = TypeVar("ArrayT")
@@ -67,6 +67,10 @@ class Op:
             _convert(f"{self.name}: {name}", arg, name in self._writes)
             for name, arg in zip(self._arguments, args, strict=True)
         ]
+        on_gpu = [tensor for arg, tensor in zip(args, converted, strict=True) if _is_jax_on_gpu(arg)]
+        if on_gpu:
+            _jax.call(lambda: function(*converted), args, on_gpu[0])
+            return
         with _stream_of(args):
             function(*converted)
 
@@ -102,6 +106,10 @@ def _is(array: Any, module: str, name: str) -> bool:
     return loaded is not None and isinstance(array, getattr(loaded, name))
 
 
+def _is_jax_on_gpu(array: Any) -> bool:
+    return isinstance(array, _jax.Unfinished) or (_is(array, "jax", "Array") and _jax.on_gpu(array))
+
+
 def _convert(what: str, array: Any, written: bool) -> Any:
     import tvm_ffi
 
@@ -124,6 +132,8 @@ def _convert(what: str, array: Any, written: bool) -> Any:
         if written:
             raise TypeError(f"{what} must be writable, got a JAX array, which is immutable")
         return tvm_ffi.from_dlpack(array)
+    if isinstance(array, _jax.Unfinished):
+        return tvm_ffi.from_dlpack(array.array)
     if hasattr(array, "__dlpack__"):
         return tvm_ffi.from_dlpack(array)
     raise TypeError(
@@ -204,11 +214,11 @@ def new_array(like: Any, shape: Sequence[int], dtype: str | None = None) -> Any:
         if dtype == "float8_e4m3fn":
             dtype = "uint8"  # CuPy has no e4m3: its bits
         return sys.modules["cupy"].empty(shape, _numpy_dtype(dtype) if dtype else like.dtype)
+    if _is_jax_on_gpu(like):
+        return _jax.Unfinished(like, shape, _numpy_dtype(dtype) if dtype else like.dtype)
     if _is(like, "numpy", "ndarray") or _is(like, "jax", "Array"):
         import numpy as np
 
-        if _is(like, "jax", "Array") and next(iter(like.devices())).platform != "cpu":
-            raise NotImplementedError("functional forms take JAX arrays on the CPU only")
         return np.empty(shape, _numpy_dtype(dtype) if dtype else like.dtype)
     raise TypeError(
         f"functional forms return PyTorch, NumPy, JAX or CuPy arrays; use the into form for {type(like).__name__}"
@@ -220,6 +230,8 @@ def scratch(like: Any, size: int) -> Any:
     framework that could give it is loaded."""
     if _is(like, "torch", "Tensor"):
         return like.new_empty(size, dtype=sys.modules["torch"].uint8) if like.is_cuda else None
+    if isinstance(like, _jax.Unfinished):
+        return _jax.Unfinished(like.array, (size,), "uint8")
     place = getattr(like, "__dlpack_device__", None)
     kind, index = place() if place else (1, 0)
     if kind != 2:  # kDLCUDA
@@ -236,7 +248,7 @@ def result(array: Any, like: Any) -> Any:
     """What `new_array(like, ...)` gave, once written, as an array of `like`'s framework."""
     if _is(like, "torch", "Tensor") or not _is(like, "jax", "Array"):  # a graph cannot ask JAX about torch's tensors
         return array
-    return sys.modules["jax"].numpy.asarray(array)
+    return array.array if isinstance(array, _jax.Unfinished) else sys.modules["jax"].numpy.asarray(array)
 
 
 def _numpy_dtype(name: str) -> Any:

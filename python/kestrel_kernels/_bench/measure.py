@@ -74,7 +74,7 @@ def _row(entry: Entry, clock: Clock, peers: str, notes: list[str]) -> results.Ro
     times: dict[str, float] = {}
     for name, peer in _peers(entry, peers).items():
         try:
-            if fault := _fault(entry, entry.inputs(make), peer):
+            if name not in entry.bare and (fault := _fault(entry, entry.inputs(make), peer)):
                 notes.append(f"{name}: {fault}; left out")
                 continue
             times[name] = results.rounded(clock.time([functools.partial(peer, s) for s in sets])[0])
@@ -82,13 +82,16 @@ def _row(entry: Entry, clock: Clock, peers: str, notes: list[str]) -> results.Ro
             notes.append(f"{name}: {type(problem).__name__}: {_first_line(problem)}; left out")
     peak = clock.peak(entry.products) if entry.products else 1.0
     floor = results.floor_us(entry.bytes, clock.bandwidth(), entry.operations if entry.products else 0, peak)
-    return {
+    row: results.Row = {
         "us": results.rounded(cold),
         "warm_us": results.rounded(warm),
         "floor_us": results.rounded(floor),
         "peers": times,
         "rel_err": float(f"{error:.3g}"),
     }
+    if bare := [name for name in entry.bare if name in times]:
+        row["bare"] = bare
+    return row
 
 
 def _host_row(entry: Entry, clock: Clock, peers: str, notes: list[str]) -> results.Row:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kestrel_kernels._bench.measure import HOST_TIME, Outcome
+from kestrel_kernels._bench.results import Row, rivals
 
 
 def figure(us: float | None) -> str:
@@ -19,8 +20,15 @@ def figure(us: float | None) -> str:
     return f"{us:.2f}" if us < 10 else f"{us:.1f}" if us < 100 else f"{us:,.0f}"
 
 
-def best_peer(peers: dict[str, float]) -> tuple[str, float] | None:
-    return min(peers.items(), key=lambda item: item[1]) if peers else None
+def best_peer(row: Row) -> tuple[str, float] | None:
+    return min(rivals(row).items(), key=lambda item: item[1], default=None)
+
+
+def peers_cell(row: Row) -> str:
+    peer = best_peer(row)
+    shown = [f"{figure(peer[1])} {peer[0]}"] if peer else []
+    shown += [f"{figure(row['peers'][name])} {name}, bare" for name in row.get("bare", ())]
+    return "; ".join(shown)
 
 
 def print_report(console: Console, outcomes: Sequence[Outcome], gpu: str, on_cuda: bool) -> None:
@@ -38,7 +46,7 @@ def print_report(console: Console, outcomes: Sequence[Outcome], gpu: str, on_cud
         host = row["op"] == HOST_TIME
         target = outcome.case.target_us if on_cuda else None
         over = target is not None and row["us"] > target
-        peer = best_peer(row["peers"])
+        peer = best_peer(row)
         beaten = not host and peer is not None and peer[1] < row["us"]  # one op of torch's is no rival, but a measure
         missed, lost = missed + over, lost + beaten
         verdict = Text(", ".join(["over target"] * over + ["peer wins"] * beaten) or "ok")
@@ -51,7 +59,7 @@ def print_report(console: Console, outcomes: Sequence[Outcome], gpu: str, on_cud
             "" if host else figure(row["floor_us"]),
             "" if host else f"{100 * row['floor_us'] / row['us']:.0f}%",
             *([figure(target)] if on_cuda else []),
-            f"{figure(peer[1])} {peer[0]}" if peer else "",
+            peers_cell(row),
         ]
         if row["op"] != last and last:
             table.add_section()

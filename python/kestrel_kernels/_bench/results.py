@@ -1,7 +1,8 @@
 """The results file: {"gpu", "rows": [{"op", "case", "us", "warm_us", "floor_us", "peers", "rel_err", "commit", ...}]}.
 
 Microseconds; `us` is cold; `peers` maps a name to its cold microseconds in the same run; `rel_err` is the Frobenius
-norm of the error over that of the float64 answer. A run replaces the rows of the cases it ran and keeps the others.
+norm of the error over that of the float64 answer; `bare`, where there, names the peers that do the op's matrix products
+alone, without what the op fuses with them. A run replaces the rows of the cases it ran and keeps the others.
 """
 
 from __future__ import annotations
@@ -20,10 +21,16 @@ from kestrel_kernels._bench.entry import load_cases
 
 Row = dict[str, Any]
 FIELDS = ("op", "case", "us", "warm_us", "floor_us", "peers", "rel_err", "commit", "date")
+OPTIONAL = ("bare",)
 
 
 def floor_us(bytes_moved: float, bandwidth: float, operations: float = 0, peak: float = 1) -> float:
     return max(0.5, bytes_moved / bandwidth * 1e6, operations / peak * 1e6)
+
+
+def rivals(row: Row) -> dict[str, float]:
+    """The peers that do all of what the op does."""
+    return {name: us for name, us in row["peers"].items() if name not in row.get("bare", ())}
 
 
 def rounded(value: float) -> float:
@@ -60,7 +67,10 @@ def read(path: Path, gpu: str) -> dict[str, Any] | None:
 
 def write(path: Path, results: dict[str, Any]) -> None:
     """A line per row, so that a history of them can be read. Whole or not at all."""
-    lines = ",\n".join("  " + json.dumps({name: row[name] for name in FIELDS}) for row in results["rows"])
+    rows = [
+        {name: row[name] for name in (*FIELDS, *OPTIONAL) if name in FIELDS or name in row} for row in results["rows"]
+    ]
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".new")
     draft.write_text(f'{{"gpu": {json.dumps(results["gpu"])}, "rows": [\n{lines}\n]}}\n')

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from kestrel_kernels._bench.entry import Entry, Maker, Peer, Set
 
@@ -28,14 +29,14 @@ class GeluResidual(Entry):
 
     def reference(self, s: Set) -> Sequence[torch.Tensor]:
         a, b = s["x"].double().chunk(2, -1)
-        return [torch.nn.functional.gelu(a) * (b + 1)]
+        return [F.gelu(a) * (b + 1)]
 
     def eager(self, s: Set) -> Any:
         a, b = s["x"].chunk(2, -1)
-        return torch.nn.functional.gelu(a) * (b + 1)
+        return F.gelu(a) * (b + 1)
 
     def single_torch_op(self, s: Set) -> Any:
-        return torch.nn.functional.gelu(s["x"])
+        return F.gelu(s["x"])
 
     def peers(self) -> Mapping[str, Peer]:
         def flashinfer_gate(s: Set) -> None:  # the same bytes; its gate is gelu(a) * b
@@ -46,3 +47,44 @@ class GeluResidual(Entry):
         except ImportError:
             return {}
         return {"flashinfer gelu_and_mul": flashinfer_gate}
+
+
+class SiluAndMul(GeluResidual):
+    op = "silu_and_mul"
+    function = "activation.silu_and_mul_into"
+    host_case = ""
+
+    def _gate(self, a: torch.Tensor) -> torch.Tensor:
+        return F.silu(a)
+
+    def reference(self, s: Set) -> Sequence[torch.Tensor]:
+        a, b = s["x"].double().chunk(2, -1)
+        return [self._gate(a) * b]
+
+    def eager(self, s: Set) -> Any:
+        a, b = s["x"].chunk(2, -1)
+        return self._gate(a) * b
+
+    def peers(self) -> Mapping[str, Peer]:
+        try:
+            import flashinfer
+        except ImportError:
+            return {}
+        function = getattr(flashinfer, self.op)
+        return {"flashinfer": lambda s: function(s["x"], out=s["out"])}
+
+
+class GeluAndMul(SiluAndMul):
+    op = "gelu_and_mul"
+    function = "activation.gelu_and_mul_into"
+
+    def _gate(self, a: torch.Tensor) -> torch.Tensor:
+        return F.gelu(a)
+
+
+class GeluTanhAndMul(SiluAndMul):
+    op = "gelu_tanh_and_mul"
+    function = "activation.gelu_tanh_and_mul_into"
+
+    def _gate(self, a: torch.Tensor) -> torch.Tensor:
+        return F.gelu(a, approximate="tanh")

@@ -183,3 +183,55 @@ class AttentionDecode(Entry):
 
     def eager(self, s: Set) -> Any:
         return sdpa(s["q"], gathered(s, "k", self.keys), gathered(s, "v", self.keys))
+
+
+class AttentionVarlen(Entry):
+    """Packed sequences of these lengths ("s5+1+17"), each causal in itself."""
+
+    op = "attention_varlen"
+    pattern = r"h(?P<heads>\d+) d(?P<size>\d+) s(?P<lengths>\d+(\+\d+)+)"
+    function = "flash_attn.cute.flash_attn_varlen_func"
+    arguments = "q k v starts starts longest longest causal= out="
+    products = "bf16"
+    small = ("h1 d8 s1+1", "h2 d64 s5+0+17", "h3 d72 s33+2")
+
+    heads: int
+    size: int
+    lengths: str
+
+    @property
+    def _lengths(self) -> list[int]:
+        return [int(n) for n in self.lengths.split("+")]
+
+    def inputs(self, make: Maker) -> Set:
+        shape = (sum(self._lengths), self.heads, self.size)
+        starts = torch.tensor([0, *self._lengths], device=make.device).cumsum(0).int()
+        return {
+            **{name: make.normal(*shape) for name in "qkv"},
+            "out": make.empty(*shape),
+            "starts": starts,
+            "longest": max(self._lengths),
+            "causal": True,
+        }
+
+    @property
+    def bytes(self) -> int:
+        return 4 * 2 * sum(self._lengths) * self.heads * self.size + 4 * (len(self._lengths) + 1)
+
+    @property
+    def operations(self) -> int:
+        return 4 * self.heads * self.size * sum(n * (n + 1) // 2 for n in self._lengths)
+
+    def reference(self, s: Set) -> Sequence[torch.Tensor]:
+        sequences = zip(*(s[name].split(self._lengths) for name in "qkv"), strict=True)
+        return [
+            torch.cat([true_attention(q[None], k[None], v[None], _lower(len(q), q.device))[0] for q, k, v in sequences])
+        ]
+
+    def eager(self, s: Set) -> Any:
+        sequences = zip(*(s[name].split(self._lengths) for name in "qkv"), strict=True)
+        return torch.cat([sdpa(q[None], k[None], v[None], is_causal=True)[0] for q, k, v in sequences])
+
+
+def _lower(size: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril()

@@ -50,3 +50,16 @@ class Fp8QuantTensor(Fp8QuantRow):
     op = "fp8_quant_tensor"
     function = "fp8_quant.fp8_e4m3fn_tensor_quant_cuda"
     scales = property(lambda self: 1)
+
+
+class Fp8QuantStatic(Fp8QuantRow):
+    op = "fp8_quant_static"
+    function = "fp8_quant.fp8_e4m3fn_static_quant_cuda"
+    outputs = "bits"
+    scales = property(lambda self: 1)
+
+    def inputs(self, make: Maker) -> Set:
+        return {**super().inputs(make), "scale": torch.full((1,), 0.02, device=make.device)}
+
+    def eager(self, s: Set) -> Any:
+        s["bits"].copy_(to_e4m3_bits(s["x"], 1 / s["scale"]))

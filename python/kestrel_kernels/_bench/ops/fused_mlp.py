@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from kestrel_kernels._bench.entry import Entry, Maker, Set
+from kestrel_kernels._bench.entry import Entry, Maker, Peer, Set
 
 
 class FusedMlp(Entry):
@@ -16,6 +16,7 @@ class FusedMlp(Entry):
     arguments = "out hidden x w1 b1 w2 b2 residual"
     outputs = "out hidden"
     products = "bf16"
+    bare = ("cublas",)
     small = ("1x1x1", "3x5x7", "17x72x130")
 
     rows: int
@@ -53,3 +54,10 @@ class FusedMlp(Entry):
     def eager(self, s: Set) -> Any:
         hidden = F.gelu(F.linear(s["x"], s["w1"], s["b1"]), approximate="tanh")
         return s["residual"] + F.linear(hidden, s["w2"], s["b2"])
+
+    def peers(self) -> Mapping[str, Peer]:
+        def products(s: Set) -> Any:
+            torch.mm(s["x"], s["w1"].t(), out=s["hidden"])
+            return torch.mm(s["hidden"], s["w2"].t(), out=s["out"])
+
+        return {"cublas": products} if torch.cuda.is_available() else {}
