@@ -57,7 +57,6 @@ struct Table {
     const uint32_t row = holds(index) ? index.low : 0;
     return reinterpret_cast<const T*>(reinterpret_cast<const char*>(column) + uint64_t{row} * row_bytes);
   }
-  __device__ __forceinline__ const T* row(IndexWords index) const { return row(data, index); }
   __device__ __forceinline__ const T* row(int64_t index) const { return data + index * stride; }  // one that it holds
 };
 

@@ -78,25 +78,4 @@ class Rotation {
   float cosines_[kPairs], sines_[kPairs];
 };
 
-// Two vectors of one thread: a head's from kVec * piece on and from R/2 + kVec * piece on, or neighbours.
-template <bool kNeighbours, class T, int kVec>
-__device__ __forceinline__ void rotate_piece(Vec<T, kVec>& first, Vec<T, kVec>& second, const float (&cosines)[kVec],
-                                             const float (&sines)[kVec]) {
-  float a[kVec], b[kVec];
-  to_floats(first, a);
-  to_floats(second, b);
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) {
-    if constexpr (kNeighbours) {
-      float* x = i < kVec / 2 ? a : b;
-      const int left = 2 * i % kVec;
-      rotate_pair(x[left], x[left + 1], cosines[i], sines[i]);
-    } else {
-      rotate_pair(a[i], b[i], cosines[i], sines[i]);
-    }
-  }
-  first = from_floats<T>(a);
-  second = from_floats<T>(b);
-}
-
 }  // namespace kestrel
