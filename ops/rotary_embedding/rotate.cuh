@@ -39,17 +39,15 @@ class Rotation {
                            : (vector * kVec < half       ? vector * kVec
                               : vector * kVec < 2 * half ? vector * kVec - half
                                                          : 0)),
-        first_(vector * kVec < half),
-        partner_(threadIdx.x % kWarp + (first_ ? half / kVec : 0 - half / kVec)) {}
+        signs_(vector * kVec >= half ? 0
+               : sizeof(T) == 4      ? 0x80000000
+                                     : 0x80008000),
+        partner_(threadIdx.x % kWarp + (vector * kVec < half ? half / kVec : 0 - half / kVec)) {}
 
   // row: from `column` on
   __device__ __forceinline__ void load_row(const float* row, uint32_t half) {
     load_floats(row, cosines_);
     load_floats(row + half, sines_);
-    if constexpr (!kNeighbours) {
-#pragma unroll
-      for (float& sine : sines_) sine = first_ ? -sine : sine;
-    }
   }
   // For all lanes of the warp together.
   template <int kSize>
@@ -63,7 +61,7 @@ class Rotation {
     } else {
       Vec<T, kVec> other;
 #pragma unroll
-      for (int w = 0; w < v.kWords; ++w) other.words[w] = __shfl_sync(~0u, v.words[w], partner_);
+      for (int w = 0; w < v.kWords; ++w) other.words[w] = __shfl_sync(~0u, v.words[w], partner_) ^ signs_;
       float y[kVec];
       to_floats(other, y);
 #pragma unroll
@@ -73,7 +71,7 @@ class Rotation {
   }
 
  private:
-  bool first_;
+  uint32_t signs_;    // of a word: the first half takes its partner's negated, x cos + (-y) sin
   uint32_t partner_;  // lane
   float cosines_[kPairs], sines_[kPairs];
 };
