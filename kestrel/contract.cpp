@@ -225,12 +225,6 @@ void Contract::indices(Stream stream, const char* name, const Tensor& tensor, in
        std::to_string(bad.value) + " at index " + std::to_string(bad.position));
 }
 
-void Contract::cpu_only() const {
-  if (!on_cpu())
-    throw Error(ErrorKind::kNotImplementedError,
-                std::string(op_) + ": has no CUDA kernel yet, got tensors on " + name_of(device_));
-}
-
 void Contract::fail(ErrorKind kind, const char* name, const std::string& expected, const std::string& got) const {
   throw Error(kind, std::string(op_) + ": " + name + " must " + expected + ", got " + got);
 }

@@ -74,9 +74,8 @@ class Contract {
   // KESTREL_CHECK=1 and no graph is being captured (it copies the indices to the host and synchronizes the stream).
   void indices(Stream stream, const char* name, const Tensor& tensor, int64_t low, int64_t high, bool skip_negative);
 
-  // After the checks: true where the tensors lie on the CPU. An op without a kernel says cpu_only() instead.
+  // After the checks: true where the tensors lie on the CPU.
   bool on_cpu() const { return device_.device_type == kDLCPU; }
-  void cpu_only() const;
 
   [[noreturn]] void fail(ErrorKind kind, const char* name, const std::string& expected, const std::string& got) const;
 

@@ -95,7 +95,7 @@ class Problem:
 @pytest.mark.parametrize(
     ("tokens", "heads", "size", "width"),
     [((5,), 4, 64, 32), ((2, 3), 2, 80, 80), ((1,), 1, 2, 2), ((0,), 2, 8, 8), ((3, 0), 2, 8, 8), ((2, 2), 3, 33, 6),
-     ((150,), 8, 64, 32)],
+     ((150,), 8, 64, 32), ((240,), 9, 96, 64)],
 )  # fmt: skip
 def test_same_bits(
     backend: Backend, mode: str, tau: str | None, tokens: tuple[int, ...], heads: int, size: int, width: int

@@ -35,7 +35,8 @@ def expected(x: np.ndarray, positions: np.ndarray, cos_sin: np.ndarray, interlea
 @pytest.mark.parametrize(
     ("tokens", "query_heads", "key_heads", "size", "width"),
     [((5,), 4, 2, 64, 32), ((2, 3), 9, 3, 64, 64), ((1, 1), 1, 1, 2, 2), ((0,), 2, 2, 8, 8), ((2, 0), 2, 2, 8, 8),
-     ((3,), 2, 0, 80, 40), ((4, 2), 32, 32, 96, 0), ((130,), 8, None, 130, 34)],
+     ((3,), 2, 0, 80, 40), ((4, 2), 32, 32, 96, 0), ((130,), 8, None, 130, 34),
+     ((160,), 37, 11, 104, 96)],
 )  # fmt: skip
 def test_values(
     backend: Backend, dtype: str, interleaved: bool, tokens: tuple[int, ...], query_heads: int, key_heads: int | None,

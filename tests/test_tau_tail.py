@@ -25,7 +25,7 @@ def expected(qkv: np.ndarray, tok: np.ndarray, tau: np.ndarray, positions: np.nd
 @pytest.mark.parametrize(
     ("tokens", "heads", "size"),
     [((2, 3), 4, 64), ((5,), 2, 80), ((1, 1), 1, 1), ((0, 4), 2, 8), ((0,), 2, 8), ((2, 2), 0, 0), ((3,), 2, 0),
-     ((130,), 32, 64)],
+     ((130,), 32, 64), ((7, 30), 19, 72)],
 )  # fmt: skip
 def test_values(backend: Backend, dtype: str, tau_dtype: str, tokens: tuple[int, ...], heads: int, size: int) -> None:
     tau_dtype = dtype if tau_dtype == "as qkv" else tau_dtype

@@ -45,12 +45,17 @@ struct Table {
   int64_t stride, rows;
 
   explicit Table(const Tensor& t) : data(t.ptr<T>()), stride(t.stride[0]), rows(t.shape[0]) {}
-  // Not empty, and short enough for IndexWords.
-  bool fits() const { return rows > 0 && rows < int64_t{1} << 31; }
+  // Not empty, and small enough for IndexWords: 32 bits for their rows, and for a row's bytes.
+  bool fits() const {
+    return rows > 0 && rows < int64_t{1} << 31 && stride >= 0 && stride < (int64_t{1} << 32) / int64_t{sizeof(T)};
+  }
   __device__ __forceinline__ bool holds(IndexWords index) const { return index.below(static_cast<uint32_t>(rows)); }
   __device__ __forceinline__ bool holds(int64_t index) const { return index >= 0 && index < rows; }
-  __device__ __forceinline__ const T* row(IndexWords index) const {
-    return data + (holds(index) ? index.low : 0) * stride;
+  // From a column of row 0, whose address is known before the index is.
+  __device__ __forceinline__ const T* row(const T* column, IndexWords index) const {
+    const uint32_t row_bytes = static_cast<uint32_t>(stride) * static_cast<uint32_t>(sizeof(T));
+    const uint32_t row = holds(index) ? index.low : 0;
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(column) + uint64_t{row} * row_bytes);
   }
   __device__ __forceinline__ const T* row(int64_t index) const { return data + index * stride; }  // one that it holds
 };

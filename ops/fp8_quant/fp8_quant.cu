@@ -66,6 +66,13 @@ __device__ __forceinline__ float scale_of(uint32_t magnitude) {
   return fmaxf(__fmaf_rn(a, kHigh, __fmul_rn(a, kLow)), kSmallestScale);
 }
 
+// 1 / scale, rounded once, for a scale as scale_of() gives it: one step of Newton, as the division by ptxas has it, but
+// for Inf without its branch. (No such scale or reciprocal is subnormal, and none is NaN.)
+__device__ __forceinline__ float reciprocal_of(float scale) {
+  const float r = fast_reciprocal(scale);
+  return scale == INFINITY ? 0.0f : __fmaf_rn(r, __fmaf_rn(-scale, r, 1.0f), r);
+}
+
 template <class T, int kSize>
 __device__ __forceinline__ Vec<e4m3, kSize> quantize(const Vec<T, kSize>& x, float reciprocal) {
   float f[kSize];
@@ -83,9 +90,10 @@ struct RowArgs {
   int64_t out_stride, x_stride, rows, width;
 };
 
-// Threads of a block: one row of several warps, or several rows of a warp each.
+// Threads of a block: one row of several warps, or two rows of a warp each, so that SMs differ by little in their
+// share.
 template <int kLanes>
-constexpr int kRowThreads = kLanes > kWarp ? kLanes : 128;
+constexpr int kRowThreads = kLanes > kWarp ? kLanes : 64;
 
 // kLanes threads of a row, kVectors vectors of 8 of each thread: all loads are issued at once.
 template <class T, int kLanes, int kVectors>
@@ -96,6 +104,7 @@ __global__ void __launch_bounds__(kRowThreads<kLanes>) fp8_quant_row_kernel(cons
   const auto column = [&](int v) { return (lane + v * kLanes) * 8; };
   const T* x_row = args.x + row * args.x_stride;
   e4m3* out_row = args.out + row * args.out_stride;
+  compute_now(x_row);
   wait_for_predecessor();
   release_successor();
   if (row >= args.rows) return;  // whole warps
@@ -113,7 +122,7 @@ __global__ void __launch_bounds__(kRowThreads<kLanes>) fp8_quant_row_kernel(cons
 #pragma unroll
     for (int w = 0; w < kLanes / kWarp; ++w) magnitude = max(magnitude, warps[w]);
   }
-  const float scale = scale_of<T>(magnitude), reciprocal = __frcp_rn(scale);
+  const float scale = scale_of<T>(magnitude), reciprocal = reciprocal_of(scale);
   if (lane == 0) args.scale[row] = scale;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -141,7 +150,7 @@ __global__ void __launch_bounds__(1024) fp8_quant_row_reload_kernel(const __grid
         magnitude = max(magnitude, absmax<T>(x[i]));
       }
     }
-    const float scale = scale_of<T>(block_max(magnitude)), reciprocal = __frcp_rn(scale);
+    const float scale = scale_of<T>(block_max(magnitude)), reciprocal = reciprocal_of(scale);
     if (threadIdx.x == 0) args.scale[row] = scale;
     for (int64_t i = first; i < args.width; i += step) store(out + i, quantize(load<kVec>(x + i), reciprocal));
   }
@@ -217,7 +226,7 @@ __global__ void __launch_bounds__(kThreads) fp8_quant_kernel(const __grid_consta
   release_successor();
   if (vector >= args.vectors) return;
   if constexpr (!kBehindAbsmax) x[0] = load<8>(source), x[1] = load<8>(source + 8);
-  const float reciprocal = __frcp_rn(args.scale.at(0));
+  const float scale = args.scale.at(0), reciprocal = kBehindAbsmax ? reciprocal_of(scale) : __frcp_rn(scale);
   const Vec<e4m3, 8> low = quantize(x[0], reciprocal), high = quantize(x[1], reciprocal);
   store(args.out + row * args.out_stride + int64_t{column} * 16,
         Vec<e4m3, 16>{low.words[0], low.words[1], high.words[0], high.words[1]});

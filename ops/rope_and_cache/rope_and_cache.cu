@@ -1,12 +1,11 @@
-// Queries, keys and values are three ranges of blocks. A thread takes a piece: two 16-byte vectors of one head of one
-// token, either partners in rotation (rotate.cuh) or neighbours past R, and takes them through the steps of the
-// separate ops in registers, packed again after each. Other layouts go by pairs and single elements. An index out of
-// range leaves out the step that it is for, as in the separate ops. Bound by memory; small calls by the chain position
-// -> row of the table, beside which all else is loaded.
+// Queries, keys and values are three ranges of blocks. A warp takes heads of one token (heads.cuh), a lane the same
+// vector of several, through the steps of the separate ops in registers, packed again after each. Other layouts go by
+// pairs and single elements. An index out of range leaves out the step that it is for, as in the separate ops. Bound by
+// memory; small calls by the chain position -> row of the table, beside which all else is loaded.
 #include <algorithm>
 #include <type_traits>
 
-#include "kestrel/hopper/divide.cuh"
+#include "kestrel/hopper/heads.cuh"
 #include "kestrel/hopper/pdl.cuh"
 #include "kestrel/hopper/value.cuh"
 #include "kestrel/launch.h"
@@ -23,17 +22,9 @@ constexpr int kBlocks = 8;  // on an SM: left to itself ptxas would save registe
 constexpr int kQuery = 0, kKey = 1, kValue = 2;
 struct NoTau {};
 
-template <class T>
-struct Side {
-  T* x;
-  int64_t token, head;  // strides
-  Divider<uint32_t> per_token, per_head;
-  uint32_t pieces, first_block;
-};
-
 template <class T, class Cache, class Tau>
 struct VectorArgs {
-  Side<T> sides[3];
+  HeadSide<T> sides[3];
   Cache* caches[2];
   int64_t page, offset, cache_head;  // strides of both caches
   FastIndices positions;
@@ -41,81 +32,85 @@ struct VectorArgs {
   FastIndices slots;
   uint32_t slot_count;
   Divider<uint32_t> page_size;
+  uint32_t half, rotated;  // rotated vectors of a head
   DeviceValue<float> k_scale, v_scale;
   const T* tok;
   int64_t tok_token;
   Table<Tau> tau;
-  uint32_t heads, half, rotated;  // rotated pieces of a head
 };
 
-template <class T, class Cache, bool kNeighbours, class Tau>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+template <class T, class Cache, bool kNeighbours, class Tau, int kLoads>
+__global__ void __launch_bounds__(kHeadThreads, kBlocks)
     rope_and_cache_kernel(const __grid_constant__ VectorArgs<T, Cache, Tau> args) {
   constexpr int kVec = kVec16<T>;
-  constexpr bool kTau = !std::is_same_v<Tau, NoTau>;
+  constexpr bool kTau = !std::is_same_v<Tau, NoTau>, kScaled = !std::is_same_v<T, Cache>;
   const int which = (blockIdx.x >= args.sides[kKey].first_block) + (blockIdx.x >= args.sides[kValue].first_block);
-  const Side<T>& side = args.sides[which];
-  const uint32_t index = (blockIdx.x - side.first_block) * kThreads + threadIdx.x;
-  uint32_t token, rest, head, piece;
-  side.per_token(index, &token, &rest);
-  side.per_head(rest, &head, &piece);
-  const bool rotated = which != kValue && piece < args.rotated;
-  const bool apart = !kNeighbours && rotated;
-  const uint32_t column = (apart ? kVec : 2 * kVec) * piece, step = apart ? args.half : kVec;
-  T* x = side.x + token * side.token + head * side.head + column;
-  const uint32_t* position_at = args.positions.address(token);
-  const uint32_t* slot_at = args.slots.address(token);
+  const HeadSide<T>& side = args.sides[which];
+  const HeadLane<kLoads> lane(side);
+  T* x = side.x + lane.token * side.token + lane.first_head * side.head + lane.vector * kVec;
+  const int64_t step = side.heads_per_load * side.head;
+  const uint32_t own = lane.own_head();
+  Rotation<T, kNeighbours> rotation(lane.vector, args.half);
+  const float* table = args.cos_sin.data + rotation.column;
+  const uint32_t* position_at = args.positions.address(lane.token);
+  const uint32_t* slot_at = args.slots.address(lane.token);
   compute_now(x);
+  compute_now(table);
   compute_now(position_at);
   compute_now(slot_at);
-  const bool inside = index < side.pieces;
   float scale = 1.0f;
-  if constexpr (!std::is_same_v<T, Cache>)
-    if (which != kQuery && inside) scale = (which == kKey ? args.k_scale : args.v_scale).at(head);
+  if constexpr (kScaled)
+    if (which != kQuery) scale = (which == kKey ? args.k_scale : args.v_scale).at(own);
   wait_for_predecessor();
   release_successor();
-  if (!inside) return;
-  auto first = load<kVec>(x), second = load<kVec>(x + step);
-  const IndexWords slot = args.slots.at(slot_at);
+  if (!lane.any) return;
   const IndexWords position = args.positions.at(position_at);
+  const IndexWords slot = args.slots.at(slot_at);
+  Vec<T, kVec> v[kLoads] = {};
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i)
+    if (lane.inside(i)) v[i] = load<kVec>(x + i * step);
+  T tok{};
+  if constexpr (kTau)
+    if (which != kKey) tok = args.tok[lane.token * args.tok_token + (which == kValue ? side.heads : 0) + own];
+  __syncwarp();  // else ptxas would put loads behind the first use of an index
+  if (which != kQuery && !slot.below(args.slot_count)) return;
 
   if constexpr (kTau) {
-    if (which != kKey) {
-      const T tok = args.tok[token * args.tok_token + head + (which == kValue ? args.heads : 0)];
-      const float factor = tau_factor(to_float(tok), to_float(args.tau.row(position)[head]));
-      if (args.tau.holds(position)) {
-        first = scale_vector(first, factor);
-        second = scale_vector(second, factor);
-      }
+    if (which != kKey && args.tau.holds(position)) {
+      const float factor = tau_factor(to_float(tok), to_float(*args.tau.row(args.tau.data + own, position)));
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) v[i] = scale_vector(v[i], lane.of_head(i, factor));
     }
   }
-  if (rotated) {
-    const float* row = args.cos_sin.row(position) + kVec * piece;
-    float cosines[kVec], sines[kVec];
-    load_floats(row, cosines);
-    load_floats(row + args.half, sines);
-    if (args.cos_sin.holds(position)) rotate_piece<kNeighbours>(first, second, cosines, sines);
+  if (which != kValue && args.cos_sin.holds(position)) {
+    rotation.load_row(args.cos_sin.row(table, position), args.half);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const Vec<T, kVec> turned = rotation.turned(v[i]);
+      if (lane.vector < args.rotated) v[i] = turned;
+    }
   }
   if (which == kQuery) {
-    store(x, first);
-    store(x + step, second);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      if (lane.inside(i)) store(x + i * step, v[i]);
     return;
   }
-  if (!slot.below(args.slot_count)) return;
   uint32_t page, offset;
   args.page_size(slot.low, &page, &offset);
-  Cache* out = args.caches[which - kKey] + page * args.page + offset * args.offset + head * args.cache_head + column;
-  if constexpr (std::is_same_v<T, Cache>) {
-    store(out, first);
-    store(out + step, second);
-  } else {
-    const float reciprocal = 1.0f / scale;
-    const auto first8 = convert_vector<Cache>(first, reciprocal), second8 = convert_vector<Cache>(second, reciprocal);
-    if (apart) {
-      store(out, first8);
-      store(out + step, second8);
+  Cache* out = args.caches[which - kKey] + page * args.page + offset * args.offset + lane.first_head * args.cache_head +
+               lane.vector * kVec;
+  const int64_t out_step = side.heads_per_load * args.cache_head;
+  const float reciprocal = 1.0f / scale;
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    if constexpr (kScaled) {
+      auto bits = convert_vector<Cache>(v[i], lane.of_head(i, reciprocal));
+      compute_now(bits);  // here, so that the store alone is conditional, without a branch
+      if (lane.inside(i)) store(out + i * out_step, bits);
     } else {
-      store(out, Vec<Cache, 2 * kVec>{{first8.words[0], first8.words[1], second8.words[0], second8.words[1]}});
+      if (lane.inside(i)) store(out + i * out_step, v[i]);
     }
   }
 }
@@ -221,74 +216,64 @@ void run_elements(Stream stream, const RopeAndCacheArgs& a, int which) {
   launch<rope_and_cache_element_kernel<T, Cache>>(stream, {ceil_div(threads, kThreads), kThreads}, args);
 }
 
-template <class T>
-bool heads_fit(const Tensor& x) {
-  const Rows rows = token_rows(x, 2);
-  return rows.uniform() && vectors_fit<T, kVec16<T>>(x, rows) && x.stride[x.rank - 2] % kVec16<T> == 0;
-}
-
 template <class T, class Cache>
 bool caches_fit(const Tensor& a, const Tensor& b) {
   bool fit = aligned_to(a.data, 16) && aligned_to(b.data, 16) && std::equal(a.stride, a.stride + 4, b.stride);
-  for (int dim = 0; dim < 3; ++dim) fit = fit && a.stride[dim] % kVec16<Cache> == 0;
+  for (int dim = 0; dim < 3; ++dim) fit = fit && a.stride[dim] % kVec16<T> == 0;
   return fit;
 }
 
-template <class T, class Cache, class Tau>
-bool run_vectors(Stream stream, const RopeAndCacheArgs& a) {
-  constexpr int kPiece = 2 * kVec16<T>;
+template <class T, class Cache, class Tau, int kLoads>
+void launch_vectors(Stream stream, const RopeAndCacheArgs& a, int64_t query_vectors, int64_t vectors) {
   constexpr bool kTau = !std::is_same_v<Tau, NoTau>;
   const KvCacheWriteArgs& w = a.write;
-  const Tensor &q = a.rotary.query, &cos_sin = a.rotary.cos_sin_cache;
-  const int64_t width = cos_sin.shape[1], size = w.head_size, slots = w.pages * w.page_size;
-  const Rows positions = token_rows(a.rotary.positions, 0), tok_rows = kTau ? token_rows(*a.tok_qv_lin, 1) : Rows{};
-  const Table<float> table(cos_sin);
-  const Table<Tau> tau(kTau ? *a.tau_pos_table : cos_sin);
-  if (slots == 0 || !fits_32_bits(slots) || size % kPiece != 0 || width % kPiece != 0 || !positions.uniform() ||
-      !tok_rows.uniform() || !table.fits() || !tau.fits() || !aligned_to(table.data, 16) || table.stride % 4 != 0 ||
-      !heads_fit<T>(q) || !heads_fit<T>(w.key) || !heads_fit<T>(w.value) ||
-      !caches_fit<T, Cache>(w.key_cache, w.value_cache))
-    return false;
-
+  const Tensor& cos_sin = a.rotary.cos_sin_cache;
   int64_t blocks = 0;
-  bool fit = true;
-  const auto side = [&](const Tensor& x, int64_t columns) {
-    const int64_t per_head = columns / kPiece, per_token = x.size(-2) * per_head, pieces = w.tokens * per_token;
-    Side<T> s{x.ptr<T>(), token_rows(x, 2).inner_stride, x.stride[x.rank - 2], {}, {},
-              0,          static_cast<uint32_t>(blocks)};
-    fit = fit && fits_32_bits(pieces + kThreads);
-    if (pieces == 0 || !fit) return s;
-    s.per_token = Divider<uint32_t>(per_token);
-    s.per_head = Divider<uint32_t>(per_head);
-    s.pieces = static_cast<uint32_t>(pieces);
-    blocks += ceil_div(pieces, kThreads);
-    return s;
-  };
-  const int64_t written = w.key_cache.empty() ? 0 : size;
-  const Side<T> query = side(q, kTau ? size : width), key = side(w.key, written), value = side(w.value, written);
-  if (!fit || !fits_32_bits(blocks)) return false;
-  if (blocks == 0) return true;
+  const HeadSide<T> query(a.rotary.query, query_vectors, kLoads, &blocks), key(w.key, vectors, kLoads, &blocks),
+      value(w.value, vectors, kLoads, &blocks);
   const VectorArgs<T, Cache, Tau> args{{query, key, value},
                                        {w.key_cache.ptr<Cache>(), w.value_cache.ptr<Cache>()},
                                        w.key_cache.stride[0],
                                        w.key_cache.stride[1],
                                        w.key_cache.stride[2],
-                                       FastIndices(a.rotary.positions, positions.inner_stride),
-                                       table,
+                                       FastIndices(a.rotary.positions, token_rows(a.rotary.positions, 0).inner_stride),
+                                       Table<float>(cos_sin),
                                        FastIndices(w.slot_mapping, w.slot_mapping.stride[0]),
-                                       static_cast<uint32_t>(slots),
+                                       static_cast<uint32_t>(w.pages * w.page_size),
                                        Divider<uint32_t>(w.page_size),
+                                       static_cast<uint32_t>(cos_sin.shape[1] / 2),
+                                       static_cast<uint32_t>(cos_sin.shape[1] / kVec16<T>),
                                        w.k_scale,
                                        w.v_scale,
                                        kTau ? a.tok_qv_lin->ptr<T>() : nullptr,
-                                       tok_rows.inner_stride,
-                                       tau,
-                                       static_cast<uint32_t>(w.heads),
-                                       static_cast<uint32_t>(width / 2),
-                                       static_cast<uint32_t>(width / kPiece)};
-  const LaunchShape shape{blocks, kThreads};
-  a.rotary.interleaved ? launch<rope_and_cache_kernel<T, Cache, true, Tau>>(stream, shape, args)
-                       : launch<rope_and_cache_kernel<T, Cache, false, Tau>>(stream, shape, args);
+                                       kTau ? token_rows(*a.tok_qv_lin, 1).inner_stride : 0,
+                                       Table<Tau>(kTau ? *a.tau_pos_table : cos_sin)};
+  if (blocks == 0) return;
+  const LaunchShape shape{blocks, kHeadThreads};
+  a.rotary.interleaved ? launch<rope_and_cache_kernel<T, Cache, true, Tau, kLoads>>(stream, shape, args)
+                       : launch<rope_and_cache_kernel<T, Cache, false, Tau, kLoads>>(stream, shape, args);
+}
+
+template <class T, class Cache, class Tau>
+bool run_vectors(Stream stream, const RopeAndCacheArgs& a) {
+  constexpr int kVec = kVec16<T>;
+  constexpr bool kTau = !std::is_same_v<Tau, NoTau>;
+  const KvCacheWriteArgs& w = a.write;
+  const Tensor& cos_sin = a.rotary.cos_sin_cache;
+  const int64_t width = cos_sin.shape[1], size = w.head_size, slots = w.pages * w.page_size;
+  const Table<float> table(cos_sin);
+  const int64_t vectors = w.key_cache.empty() ? 0 : size / kVec, query_vectors = (kTau ? size : width) / kVec;
+  if (slots == 0 || !fits_32_bits(slots) || size % kVec != 0 || width == 0 || width % (2 * kVec) != 0 ||
+      !table.fits() || !aligned_to(table.data, 16) || table.stride % 4 != 0 ||
+      !token_rows(a.rotary.positions, 0).uniform() ||
+      (kTau && !(token_rows(*a.tok_qv_lin, 1).uniform() && Table<Tau>(*a.tau_pos_table).fits())) ||
+      !HeadSide<T>::fits(a.rotary.query, query_vectors) || !HeadSide<T>::fits(w.key, vectors) ||
+      !HeadSide<T>::fits(w.value, vectors) || !caches_fit<T, Cache>(w.key_cache, w.value_cache))
+    return false;
+  const int64_t all = w.tokens * (a.rotary.query.size(-2) * query_vectors + 2 * w.heads * vectors);
+  many_heads(std::min(query_vectors, vectors), all)
+      ? launch_vectors<T, Cache, Tau, kHeadLoads>(stream, a, query_vectors, vectors)
+      : launch_vectors<T, Cache, Tau, 1>(stream, a, query_vectors, vectors);
   return true;
 }
 

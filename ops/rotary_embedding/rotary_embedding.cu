@@ -1,8 +1,8 @@
-// A thread rotates a piece (rotate.cuh) of one head of one token in place, in 16-byte vectors; the grid is flat over
-// the pieces of query and key. Other layouts and widths go pair by pair. Elements past R are not touched. Bound by
-// memory, 2 R elements moved a head; small calls by the chain position -> row of the table -> rotation: the vectors are
-// on their way before the position is known.
-#include "kestrel/hopper/divide.cuh"
+// A warp takes heads of one token (heads.cuh), a lane the same 16-byte vector of several, in place: adjacent lanes read
+// adjacent bytes and give each other the other half of a pair. Queries and keys are two ranges of blocks. Other layouts
+// and widths go pair by pair. Elements past R are not touched. Bound by memory, 2 R elements moved a head; small calls
+// by the chain position -> row of the table -> rotation: the vectors are on their way before the position is known.
+#include "kestrel/hopper/heads.cuh"
 #include "kestrel/hopper/index.cuh"
 #include "kestrel/hopper/pdl.cuh"
 #include "kestrel/launch.h"
@@ -15,50 +15,47 @@ namespace {
 constexpr int kThreads = 128;
 // Blocks on an SM that registers leave room for. ptxas would aim at 16 and, to save registers, issue the loads one
 // after the other.
-constexpr int kBlocks = 8;
+template <int kLoads>
+constexpr int kBlocks = kLoads == 1 ? 8 : 6;
 
 template <class T>
 struct VectorArgs {
-  T* query;
-  T* key;
-  int64_t query_token, query_head, key_token, key_head;  // strides
+  HeadSide<T> sides[2];  // query, key
   FastIndices positions;
   Table<float> cos_sin;
-  Divider<uint32_t> pieces_per_token, pieces_per_head;
-  uint32_t query_heads, half, pieces;
+  uint32_t half;
 };
 
-template <class T, bool kNeighbours>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+template <class T, bool kNeighbours, int kLoads>
+__global__ void __launch_bounds__(kHeadThreads, kBlocks<kLoads>)
     rotary_embedding_kernel(const __grid_constant__ VectorArgs<T> args) {
   constexpr int kVec = kVec16<T>;
-  const uint32_t index = blockIdx.x * kThreads + threadIdx.x;
-  uint32_t token, rest, head, piece;
-  args.pieces_per_token(index, &token, &rest);
-  args.pieces_per_head(rest, &head, &piece);
-  T* x = head < args.query_heads ? args.query + token * args.query_token + head * args.query_head
-                                 : args.key + token * args.key_token + (head - args.query_heads) * args.key_head;
-  x += (kNeighbours ? 2 * kVec : kVec) * piece;
-  T* partner = x + (kNeighbours ? kVec : args.half);
-  const uint32_t* position_at = args.positions.address(token);
+  const HeadSide<T>& side = args.sides[blockIdx.x >= args.sides[1].first_block];
+  const HeadLane<kLoads> lane(side);
+  T* x = side.x + lane.token * side.token + lane.first_head * side.head + lane.vector * kVec;
+  const int64_t step = side.heads_per_load * side.head;
+  Rotation<T, kNeighbours> rotation(lane.vector, args.half);
+  const float* table = args.cos_sin.data + rotation.column;
+  const uint32_t* position_at = args.positions.address(lane.token);
   compute_now(x);
-  compute_now(partner);
+  compute_now(table);
   compute_now(position_at);
   wait_for_predecessor();
   release_successor();
-  if (index >= args.pieces) return;
-  auto first = load<kVec>(x), second = load<kVec>(partner);
+  if (!lane.any) return;
   const IndexWords position = args.positions.at(position_at);
-  const float* row = args.cos_sin.row(position) + kVec * piece;
-  float cosines[kVec], sines[kVec];
-  load_floats(row, cosines);
-  load_floats(row + args.half, sines);
-  rotate_piece<kNeighbours>(first, second, cosines, sines);
-  compute_now(first);  // else the loads would move behind the return
-  compute_now(second);
+  Vec<T, kVec> v[kLoads] = {};
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i)
+    if (lane.inside(i)) v[i] = load<kVec>(x + i * step);
+  __syncwarp();  // else the loads would move behind the return
   if (!args.cos_sin.holds(position)) return;
-  store(x, first);
-  store(partner, second);
+  rotation.load_row(args.cos_sin.row(table, position), args.half);
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    v[i] = rotation.turned(v[i]);
+    if (lane.inside(i)) store(x + i * step, v[i]);
+  }
 }
 
 template <class T>
@@ -105,45 +102,36 @@ void run_pairs(Stream stream, const RotaryArgs& a, const Tensor& x) {
   if (pairs > 0) launch<rotary_embedding_pair_kernel<T>>(stream, {ceil_div(pairs, kThreads), kThreads}, args);
 }
 
+template <class T, int kLoads>
+void run_vectors(Stream stream, const RotaryArgs& a, int64_t vectors) {
+  int64_t blocks = 0;
+  VectorArgs<T> args{{HeadSide<T>(a.query, vectors, kLoads, &blocks), {}},
+                     FastIndices(a.positions, token_rows(a.positions, 0).inner_stride),
+                     Table<float>(a.cos_sin_cache),
+                     static_cast<uint32_t>(a.cos_sin_cache.shape[1] / 2)};
+  args.sides[1].first_block = static_cast<uint32_t>(blocks);
+  if (a.key) args.sides[1] = HeadSide<T>(*a.key, vectors, kLoads, &blocks);
+  if (blocks == 0) return;
+  const LaunchShape shape{blocks, kHeadThreads};
+  a.interleaved ? launch<rotary_embedding_kernel<T, true, kLoads>>(stream, shape, args)
+                : launch<rotary_embedding_kernel<T, false, kLoads>>(stream, shape, args);
+}
+
 template <class T>
 void choose(Stream stream, const RotaryArgs& a) {
   constexpr int kVec = kVec16<T>;
-  const int64_t width = a.cos_sin_cache.shape[1];
+  const int64_t width = a.cos_sin_cache.shape[1], vectors = width / kVec;
   const Rows positions = token_rows(a.positions, 0);
   const Table<float> table(a.cos_sin_cache);
-  bool fit = width % (2 * kVec) == 0 && table.fits() && positions.uniform() && aligned_to(table.data, 16) &&
-             table.stride % 4 == 0;
-  int64_t heads = 0;
-  for (const Tensor* x : {&a.query, a.key ? &*a.key : nullptr}) {
-    if (!x) continue;
-    const Rows rows = token_rows(*x, 2);
-    fit = fit && rows.uniform() && vectors_fit<T, kVec>(*x, rows) && x->stride[x->rank - 2] % kVec == 0;
-    heads += x->size(-2);
-  }
-  const int64_t per_head = width / (2 * kVec), pieces = positions.count * heads * per_head;
-  if (!fit || !fits_32_bits(pieces + kThreads)) {
+  if (width % (2 * kVec) != 0 || !table.fits() || !positions.uniform() || !aligned_to(table.data, 16) ||
+      table.stride % 4 != 0 || !HeadSide<T>::fits(a.query, vectors) || (a.key && !HeadSide<T>::fits(*a.key, vectors))) {
     run_pairs<T>(stream, a, a.query);
     if (a.key) run_pairs<T>(stream, a, *a.key);
     return;
   }
-  if (pieces == 0) return;
-  const Tensor& key = a.key ? *a.key : a.query;
-  const VectorArgs<T> args{a.query.ptr<T>(),
-                           key.ptr<T>(),
-                           token_rows(a.query, 2).inner_stride,
-                           a.query.stride[a.query.rank - 2],
-                           token_rows(key, 2).inner_stride,
-                           key.stride[key.rank - 2],
-                           FastIndices(a.positions, positions.inner_stride),
-                           table,
-                           Divider<uint32_t>(heads * per_head),
-                           Divider<uint32_t>(per_head),
-                           static_cast<uint32_t>(a.query.size(-2)),
-                           static_cast<uint32_t>(width / 2),
-                           static_cast<uint32_t>(pieces)};
-  const LaunchShape shape{ceil_div(pieces, kThreads), kThreads};
-  a.interleaved ? launch<rotary_embedding_kernel<T, true>>(stream, shape, args)
-                : launch<rotary_embedding_kernel<T, false>>(stream, shape, args);
+  const int64_t heads = a.query.size(-2) + (a.key ? a.key->size(-2) : 0);
+  many_heads(vectors, positions.count * heads * vectors) ? run_vectors<T, kHeadLoads>(stream, a, vectors)
+                                                         : run_vectors<T, 1>(stream, a, vectors);
 }
 
 }  // namespace

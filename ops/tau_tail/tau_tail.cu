@@ -1,8 +1,8 @@
-// A thread scales kVectors vectors of 16 bytes of one query or value head of one token in place, kVectors-ths of the
-// head apart: each thread works out the factor anew, which costs less than telling it. Other layouts go element by
-// element. Bound by memory, 4 bytes an element; small calls by the chain position -> tau: all other loads are on their
-// way before the position is known.
-#include "kestrel/hopper/divide.cuh"
+// A warp takes heads of one token, queries or values (heads.cuh), a lane the same 16-byte vector of several, in place;
+// each lane works out the factor of one head and tells it to the others. Other layouts go element by element. Bound by
+// memory, 4 bytes an element; small calls by the chain position -> tau: all other loads are on their way before the
+// position is known.
+#include "kestrel/hopper/heads.cuh"
 #include "kestrel/hopper/index.cuh"
 #include "kestrel/hopper/pdl.cuh"
 #include "kestrel/launch.h"
@@ -17,50 +17,48 @@ constexpr int kBlocks = 8;  // on an SM: left to itself ptxas would save registe
 
 template <class T, class Tau>
 struct VectorArgs {
-  T* qkv;
-  const T* tok;
-  int64_t qkv_token, tok_token;  // strides
+  HeadSide<T> sides[2];  // queries, values
   FastIndices positions;
   Table<Tau> tau;
-  Divider<uint32_t> threads_per_token, threads_per_head;
-  uint32_t heads, head_size, threads;
+  const T* tok;
+  int64_t tok_token;  // stride
 };
 
-template <class T, class Tau, int kVectors>
-__global__ void __launch_bounds__(kThreads, kBlocks) tau_tail_kernel(const __grid_constant__ VectorArgs<T, Tau> args) {
+template <class T, class Tau, int kLoads>
+__global__ void __launch_bounds__(kHeadThreads, kBlocks)
+    tau_tail_kernel(const __grid_constant__ VectorArgs<T, Tau> args) {
   constexpr int kVec = kVec16<T>;
-  const uint32_t index = blockIdx.x * kThreads + threadIdx.x;
-  uint32_t token, rest, head, column;
-  args.threads_per_token(index, &token, &rest);
-  args.threads_per_head(rest, &head, &column);
-  // Heads are counted over queries and values; the keys lie between.
-  const bool is_value = head >= args.heads;
-  const uint32_t tau_head = is_value ? head - args.heads : head, step = args.head_size / kVectors;
-  T* x = args.qkv + token * args.qkv_token + uint64_t{is_value ? head + args.heads : head} * args.head_size +
-         column * kVec;
-  const T* tok_at = args.tok + token * args.tok_token + head;
-  const uint32_t* position_at = args.positions.address(token);
+  const bool is_value = blockIdx.x >= args.sides[1].first_block;
+  const HeadSide<T>& side = args.sides[is_value];
+  const HeadLane<kLoads> lane(side);
+  T* x = side.x + lane.token * side.token + lane.first_head * side.head + lane.vector * kVec;
+  const int64_t step = side.heads_per_load * side.head;
+  const uint32_t own = lane.own_head();
+  const T* tok_at = args.tok + lane.token * args.tok_token + (is_value ? side.heads + own : own);
+  const Tau* table = args.tau.data + own;
+  const uint32_t* position_at = args.positions.address(lane.token);
   compute_now(x);
   compute_now(tok_at);
+  compute_now(table);
   compute_now(position_at);
   wait_for_predecessor();
   release_successor();
-  if (index >= args.threads) return;
-  Vec<T, kVec> v[kVectors];
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) v[i] = load<kVec>(x + i * step);
-  const T tok = *tok_at;
+  if (!lane.any) return;
   const IndexWords position = args.positions.at(position_at);
-  const Tau tau = args.tau.row(position)[tau_head];
+  const T tok = *tok_at;
+  Vec<T, kVec> v[kLoads] = {};
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i)
+    if (lane.inside(i)) v[i] = load<kVec>(x + i * step);
+  __syncwarp();  // else the loads would move behind the return
+  if (!args.tau.holds(position)) return;
+  const Tau tau = *args.tau.row(table, position);
   const float factor = tau_factor(to_float(tok), to_float(tau));
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    v[i] = scale_vector(v[i], factor);
-    compute_now(v[i]);  // else the loads would move behind the return
+  for (int i = 0; i < kLoads; ++i) {
+    v[i] = scale_vector(v[i], lane.of_head(i, factor));
+    if (lane.inside(i)) store(x + i * step, v[i]);
   }
-  if (!args.tau.holds(position)) return;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) store(x + i * step, v[i]);
 }
 
 template <class T, class Tau>
@@ -90,21 +88,28 @@ __global__ void __launch_bounds__(kThreads) tau_tail_element_kernel(const __grid
   *x = from_float<T>(__fmul_rn(to_float(*x), factor));
 }
 
-template <class T, class Tau, int kVectors>
-void run_vectors(Stream stream, const TauTailArgs& a, const Rows& rows, int64_t threads) {
-  const int64_t per_head = a.head_size / (kVectors * kVec16<T>);
-  const VectorArgs<T, Tau> args{a.qkv_out.ptr<T>(),
-                                a.tok_qv_lin.ptr<T>(),
-                                rows.inner_stride,
-                                token_rows(a.tok_qv_lin, 1).inner_stride,
+// [tokens..., heads, head_size] out of the tokens' queries, keys and values.
+Tensor heads_of(const TauTailArgs& a, int64_t first_head, int64_t element_size) {
+  Tensor t = a.qkv_out;
+  t.data = static_cast<char*>(t.data) + first_head * a.head_size * element_size;
+  t.rank += 1;
+  t.shape[t.rank - 2] = a.heads;
+  t.stride[t.rank - 2] = t.shape[t.rank - 1] = a.head_size;
+  t.stride[t.rank - 1] = 1;
+  return t;
+}
+
+template <class T, class Tau, int kLoads>
+void run_vectors(Stream stream, const TauTailArgs& a, const Tensor& queries, const Tensor& values) {
+  const int64_t vectors = a.head_size / kVec16<T>;
+  int64_t blocks = 0;
+  const HeadSide<T> query(queries, vectors, kLoads, &blocks), value(values, vectors, kLoads, &blocks);
+  const VectorArgs<T, Tau> args{{query, value},
                                 FastIndices(a.position_ids, token_rows(a.position_ids, 0).inner_stride),
                                 Table<Tau>(a.tau_pos_table),
-                                Divider<uint32_t>(2 * a.heads * per_head),
-                                Divider<uint32_t>(per_head),
-                                static_cast<uint32_t>(a.heads),
-                                static_cast<uint32_t>(a.head_size),
-                                static_cast<uint32_t>(threads)};
-  launch<tau_tail_kernel<T, Tau, kVectors>>(stream, {ceil_div(threads, kThreads), kThreads}, args);
+                                a.tok_qv_lin.ptr<T>(),
+                                token_rows(a.tok_qv_lin, 1).inner_stride};
+  if (blocks > 0) launch<tau_tail_kernel<T, Tau, kLoads>>(stream, {blocks, kHeadThreads}, args);
 }
 
 template <class T, class Tau>
@@ -112,11 +117,12 @@ void choose(Stream stream, const TauTailArgs& a) {
   constexpr int kVec = kVec16<T>;
   const Rows rows = token_rows(a.qkv_out, 1), tok_rows = token_rows(a.tok_qv_lin, 1),
              positions = token_rows(a.position_ids, 0);
-  const int64_t elements = rows.count * 2 * a.heads * a.head_size, vectors = elements / kVec;
-  if (a.head_size % kVec == 0 && vectors_fit<T, kVec>(a.qkv_out, rows) && rows.uniform() && tok_rows.uniform() &&
-      positions.uniform() && Table<Tau>(a.tau_pos_table).fits() && fits_32_bits(vectors + kThreads)) {
-    a.head_size % (2 * kVec) == 0 ? run_vectors<T, Tau, 2>(stream, a, rows, vectors / 2)
-                                  : run_vectors<T, Tau, 1>(stream, a, rows, vectors);
+  const int64_t elements = rows.count * 2 * a.heads * a.head_size, vectors = a.head_size / kVec;
+  const Tensor queries = heads_of(a, 0, sizeof(T)), values = heads_of(a, 2 * a.heads, sizeof(T));
+  if (a.head_size % kVec == 0 && HeadSide<T>::fits(queries, vectors) && tok_rows.uniform() && positions.uniform() &&
+      Table<Tau>(a.tau_pos_table).fits()) {
+    many_heads(vectors, elements / kVec) ? run_vectors<T, Tau, kHeadLoads>(stream, a, queries, values)
+                                         : run_vectors<T, Tau, 1>(stream, a, queries, values);
   } else {
     const ElementArgs<T, Tau> args{a.qkv_out.ptr<T>(),
                                    a.tok_qv_lin.ptr<T>(),
