@@ -55,15 +55,19 @@ __device__ __forceinline__ Vec<T, kPart> load_part(const T* p, int count) {
   return part;
 }
 
-// The sequence that packed row `row` belongs to, or -1. The whole warp looks.
+// The sequence that packed row `row` belongs to, or -1: the last that begins at or before it. The whole warp looks, at
+// 32 places at a time.
 __device__ __forceinline__ int64_t find_sequence(const AttentionProblem& p, int64_t row) {
-  for (int64_t b = 0; b < p.batch; b += kWarp) {
-    const int64_t mine = b + threadIdx.x % kWarp;
-    const bool here = mine < p.batch && p.cu_seqlens_q[mine] <= row && row < p.cu_seqlens_q[mine + 1];
-    const unsigned found = __ballot_sync(~0u, here);
-    if (found) return b + __ffs(static_cast<int>(found)) - 1;
+  int64_t first = 0, count = p.batch;
+  while (count > 1) {
+    const int64_t step = (count + kWarp - 1) / kWarp, place = threadIdx.x % kWarp * step;
+    const unsigned begun = __ballot_sync(~0u, place < count && p.cu_seqlens_q[first + place] <= row);
+    if (!begun) return -1;
+    const int64_t passed = (31 - __clz(static_cast<int>(begun))) * step;
+    first += passed;
+    count = min(step, count - passed);
   }
-  return -1;
+  return count == 1 && p.cu_seqlens_q[first] <= row && row < p.cu_seqlens_q[first + 1] ? first : -1;
 }
 
 // Lengths come from device memory: whatever stands there, the keys lie within the tensors.
