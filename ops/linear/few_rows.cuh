@@ -25,14 +25,22 @@ struct FewRowsArgs {
   FewRowsPlan plan;
 };
 
+// Whether a kernel is for plain sums: its code is half as long then, and what runs after the wait is read from memory.
+template <bool kPlain, class T>
+__device__ __forceinline__ bool has_gate(const FewRowsArgs<T>& args) {
+  return !kPlain && is_gate(args.kind);
+}
 // Outputs of a tile: 2 to this.
-__device__ __forceinline__ uint32_t width_bits(LinearActivation kind) { return is_gate(kind) ? 3 : 4; }
+template <bool kPlain, class T>
+__device__ __forceinline__ uint32_t width_bits(const FewRowsArgs<T>& args) {
+  return has_gate<kPlain>(args) ? 3 : 4;
+}
 
 // The producer warp: all granules of the block's tiles in order.
-template <class T>
+template <bool kPlain, class T>
 __device__ __forceinline__ void stream_weights(const FewRowsArgs<T>& args, Ring ring) {
   const FewRowsPlan& plan = args.plan;
-  const uint32_t lane = threadIdx.x % kWarp, bits = width_bits(args.kind), width = 1 << bits;
+  const uint32_t lane = threadIdx.x % kWarp, bits = width_bits<kPlain>(args), width = 1 << bits;
   const uint32_t total = (plan.tiles - blockIdx.x + gridDim.x - 1) / gridDim.x * plan.steps;
   uint32_t first = blockIdx.x * width, step = 0;
 
@@ -76,9 +84,9 @@ __device__ __forceinline__ void stream_weights(const FewRowsArgs<T>& args, Ring 
 
 // Bias (before the wait) or residual (after it) of the block's first tiles to shared memory, by 16 bytes. Their latency
 // would otherwise come once for each tile: 49152 x 576 takes 15.1 us then, 13.7 so.
-template <class T>
+template <bool kPlain, class T>
 __device__ __forceinline__ void stage_bias(const FewRowsArgs<T>& args, uint32_t to) {
-  const uint32_t bits = width_bits(args.kind), threads = args.plan.warps * kWarp;
+  const uint32_t bits = width_bits<kPlain>(args), threads = args.plan.warps * kWarp;
   for (uint32_t i = threadIdx.x; i < args.plan.staged_tiles * 2; i += threads) {
     const uint32_t first = (blockIdx.x + i / 2 * gridDim.x) << bits, chunk = i % 2;
     if (bits == 3)
@@ -87,9 +95,9 @@ __device__ __forceinline__ void stage_bias(const FewRowsArgs<T>& args, uint32_t 
       copy_async(to + i * 16, args.bias + first + chunk * 8);
   }
 }
-template <class T>
+template <bool kPlain, class T>
 __device__ __forceinline__ void stage_residual(const FewRowsArgs<T>& args, uint32_t to) {
-  const uint32_t bits = width_bits(args.kind), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const uint32_t bits = width_bits<kPlain>(args), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const uint32_t chunks = args.rows << (bits - 3);
   for (uint32_t count = warp; count < args.plan.staged_tiles; count += args.plan.warps) {
     const uint32_t first = (blockIdx.x + count * gridDim.x) << bits;
@@ -102,12 +110,12 @@ __device__ __forceinline__ void stage_residual(const FewRowsArgs<T>& args, uint3
 }
 
 // The outputs of the block's tile number `count` for x's rows from `first_row` on, of which `rows` are kept.
-template <class T, int kMostWarps>
+template <bool kPlain, int kMostWarps, class T>
 __device__ __forceinline__ void finish_tile(const FewRowsArgs<T>& args, const unsigned char* memory,
                                             const float* partial, uint32_t count, uint32_t first_row, uint32_t rows) {
   const FewRowsPlan& plan = args.plan;
-  const bool gate = is_gate(args.kind), staged = count < plan.staged_tiles;
-  const uint32_t bits = width_bits(args.kind), width = 1 << bits, first = (blockIdx.x + count * gridDim.x) << bits;
+  const bool gate = has_gate<kPlain>(args), staged = count < plan.staged_tiles;
+  const uint32_t bits = width_bits<kPlain>(args), width = 1 << bits, first = (blockIdx.x + count * gridDim.x) << bits;
   for (uint32_t i = threadIdx.x; i < rows << bits; i += plan.warps * kWarp) {
     const uint32_t kept = i >> bits, output = i % width, row = first_row + kept, column = first + output;
     if (row >= args.rows || column >= args.columns) continue;
@@ -124,8 +132,7 @@ __device__ __forceinline__ void finish_tile(const FewRowsArgs<T>& args, const un
         if (gate) g += to_float(args.bias[args.columns + column]);
       }
     }
-    if (args.kind != LinearActivation::kNone)
-      dispatch_kind(args.kind, [&]<LinearActivation kKind>() { a = activate<T, kKind>(a, g); });
+    if constexpr (!kPlain) dispatch_kind(args.kind, [&]<LinearActivation kKind>() { a = activate<T, kKind>(a, g); });
     if (args.residual) {
       if (staged)
         a += to_float(
@@ -153,9 +160,10 @@ __device__ __forceinline__ void copy_input(const FewRowsArgs<T>& args, uint32_t 
   }
 }
 
-template <class T, int kKernel>
+template <class T, int kKernel, bool kPlain>
 __global__ void __launch_bounds__((kFewRowsKernels[kKernel].warps + 1) * kWarp, kFewRowsKernels[kKernel].blocks)
     few_rows_kernel(const __grid_constant__ FewRowsArgs<T> args) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr FewRowsKernel kThis = kFewRowsKernels[kKernel];
   constexpr int kGroups = kThis.groups, kSteps = kThis.steps, kMostWarps = kThis.warps;
   constexpr Input kInput = kThis.input;
@@ -168,9 +176,9 @@ __global__ void __launch_bounds__((kFewRowsKernels[kKernel].warps + 1) * kWarp, 
   const FewRowsPlan& plan = args.plan;
   Ring ring{base, base + plan.barriers_at, plan.stages, plan.stage_bytes};
   const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  if (warp == plan.warps) return stream_weights(args, ring);
+  if (warp == plan.warps) return stream_weights<kPlain>(args, ring);
 
-  if (args.bias) stage_bias(args, base + plan.bias_at);
+  if (args.bias) stage_bias<kPlain>(args, base + plan.bias_at);
   const WeightLane weight_lane = plan.copy == Copy::kRows
                                      ? WeightLane::in_rows(warp, lane, plan.warps * kSlabPitch + 16)
                                      : WeightLane::in_boxes(warp, lane);
@@ -204,7 +212,7 @@ __global__ void __launch_bounds__((kFewRowsKernels[kKernel].warps + 1) * kWarp, 
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) load_input(step, step);
   }
-  if (args.residual) stage_residual(args, base + plan.residual_at);
+  if (args.residual) stage_residual<kPlain>(args, base + plan.residual_at);
   if constexpr (kInput == Input::kShared) {
     wait_copies();
     sync_threads(1, plan.warps * kWarp);
@@ -254,17 +262,21 @@ __global__ void __launch_bounds__((kFewRowsKernels[kKernel].warps + 1) * kWarp, 
         store_partial(partial + warp * kept_rows * kPartialPitch, sums[0][pass + n], n * 8, kept_rows);
       if (count == 0 && pass == 0) wait_copies();
       sync_threads(1, plan.warps * kWarp);
-      finish_tile<T, kMostWarps>(args, memory, partial, count, pass * 8, kept_rows);
+      finish_tile<kPlain, kMostWarps>(args, memory, partial, count, pass * 8, kept_rows);
       std::swap(partial, other_partial);  // free again: its readers came to the barrier above after they had read it
     }
   }
+#endif
 }
 
 template <class T, int kKernel>
 void launch_kernel(Stream stream, const FewRowsArgs<T>& args) {
   const FewRowsPlan& plan = args.plan;
-  launch<few_rows_kernel<T, kKernel>>(
-      stream, {plan.blocks, static_cast<int>((plan.warps + 1) * kWarp), 1, plan.shared_bytes}, args);
+  const LaunchShape shape{plan.blocks, static_cast<int>((plan.warps + 1) * kWarp), 1, plan.shared_bytes};
+  if (args.kind == LinearActivation::kNone)
+    launch<few_rows_kernel<T, kKernel, true>>(stream, shape, args);
+  else
+    launch<few_rows_kernel<T, kKernel, false>>(stream, shape, args);
 }
 
 // The weights as [slab][half][row][column], or [half][row][column] where the last slab is a part of one. A box has the
