@@ -21,6 +21,7 @@ constexpr int64_t kMostDepth = 16384;         // deeper ones want blocks that sh
 constexpr int64_t kSmallWeights = 9'000'000;  // bytes: more warps, rows in place of boxes
 constexpr uint32_t kSharedOfSm = 228 * 1024;  // of which each block takes 1 KB for the system
 constexpr uint32_t kMostShared = 227 * 1024;
+constexpr uint32_t kHalfShared = kSharedOfSm / 2 - 1024;
 constexpr uint32_t kRingOfTwo = 80 * 1024;  // two blocks on an SM; or two kernels, the second one waiting
 constexpr uint32_t kRingOfOne = 96 * 1024;
 constexpr uint32_t kRingOfDeep = 176 * 1024;
@@ -51,67 +52,82 @@ uint32_t staged_tile_bytes(const LinearArgs& a) {
   return (a.b ? 32 : 0) + (a.residual ? a.out_rows.count * (gate ? 16 : 32) : 0);
 }
 
-std::optional<FewRowsPlan> plan_of(const LinearArgs& a) {
-  if (!layout_fits(a)) return {};
-  const auto sms = static_cast<uint32_t>(sm_count());
-  const auto rows = static_cast<uint32_t>(a.out_rows.count), depth = static_cast<uint32_t>(a.depth);
-  const int groups = rows <= 8 ? 1 : rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
-  const uint32_t slabs = ceil_div(depth, kSlabColumns);
-  const bool small = a.w.shape[0] * a.depth * 2 <= kSmallWeights;
+// What is chosen for a call; the rest follows.
+struct Choice {
+  int kernel;
+  uint32_t most_warps;  // at most the kernel's
+  Copy copy;
+  uint32_t blocks;
+  uint32_t ring;   // bytes at most
+  uint32_t limit;  // of a block's shared memory
+};
 
+// None where no ring worth having is left beside x.
+std::optional<FewRowsPlan> lay_out(const LinearArgs& a, const Choice& choice) {
+  const FewRowsKernel& kernel = kFewRowsKernels[choice.kernel];
+  const auto rows = static_cast<uint32_t>(a.out_rows.count);
+  const auto slabs = static_cast<uint32_t>(ceil_div(a.depth, kSlabColumns));
   FewRowsPlan plan{};
-  for (; plan.kernel < kFewRowsKernelCount; ++plan.kernel) {
-    const FewRowsKernel& k = kFewRowsKernels[plan.kernel];
-    const uint32_t most = k.steps * k.warps;
-    if (k.groups == groups && (small || !k.small_only) && (slabs <= most || k.input != Input::kRegisters)) break;
-  }
-  if (plan.kernel == kFewRowsKernelCount) return {};
-  const FewRowsKernel& kernel = kFewRowsKernels[plan.kernel];
-  plan.steps = ceil_div(slabs, kernel.warps);
+  plan.kernel = choice.kernel;
+  plan.copy = choice.copy;
+  plan.steps = ceil_div(slabs, choice.most_warps);
   plan.warps = ceil_div(slabs, plan.steps);
-  if (kernel.warps == 9 && slabs % 8 == 0) {
+  if (choice.most_warps == 9 && slabs % 8 == 0) {
     plan.steps = slabs / 8;
     plan.warps = 8;
   }
-  const bool whole = depth % kSlabColumns == 0;
-  const bool rows_fit = small && whole && plan.steps * plan.warps == slabs;
-  plan.copy = rows_fit ? Copy::kRows : whole ? Copy::kBox : Copy::kSlabs;
-  plan.stage_bytes = plan.warps * kSlabBytes + (rows_fit ? kTileRows * 16 : 0);
-
+  if (plan.copy == Copy::kRows && plan.steps * plan.warps != slabs) plan.copy = Copy::kBox;
+  plan.stage_bytes = plan.warps * kSlabBytes + (plan.copy == Copy::kRows ? kTileRows * 16 : 0);
   plan.tiles = ceil_div(a.columns, is_gate(a.activation) ? 8 : kTileRows);
+  plan.blocks = std::min(plan.tiles, choice.blocks);
+  const uint32_t tiles = ceil_div(plan.tiles, plan.blocks), granules = tiles * plan.steps;
+
   plan.x_pitch = plan.steps * plan.warps * kSlabPitch + 16;
   const uint32_t x_bytes = kernel.input == Input::kShared ? rows * plan.x_pitch : 0;
   const uint32_t kept_rows = std::min<uint32_t>(rows, kernel.groups == 1 ? 8 : 16);
   const uint32_t partial_bytes = 2 * plan.warps * kept_rows * kPartialPitch * sizeof(float);
   const uint32_t tile_bytes = staged_tile_bytes(a);
+  plan.staged_tiles = tile_bytes == 0 ? 0 : std::min(tiles, kStagedBytes / tile_bytes);
+  const uint32_t other = 1024 + kMostStages * 16 + x_bytes + partial_bytes + plan.staged_tiles * tile_bytes;
+  if (other >= choice.limit) return {};
+  plan.stages = std::min({std::min(choice.ring, choice.limit - other) / plan.stage_bytes, granules, kMostStages});
+  const uint32_t ring = plan.stages * plan.stage_bytes;
+  if (plan.stages < granules && ring < kLeastRing) return {};
 
-  // Everything but the ring, for so many blocks on an SM; then the ring, at most `ring` bytes.
-  const auto fill = [&](uint32_t blocks, uint32_t ring, uint32_t limit) {
-    plan.blocks = std::min(plan.tiles, blocks);
-    const uint32_t tiles = ceil_div(plan.tiles, plan.blocks);
-    plan.staged_tiles = tile_bytes == 0 ? 0 : std::min(tiles, kStagedBytes / tile_bytes);
-    const uint32_t other = 1024 + kMostStages * 16 + x_bytes + partial_bytes + plan.staged_tiles * tile_bytes;
-    if (other >= limit) return false;
-    ring = std::min(ring, limit - other);
-    plan.stages = std::min({ring / plan.stage_bytes, tiles * plan.steps, kMostStages});
-    plan.shared_bytes = plan.stages * plan.stage_bytes + other;
-    return plan.stages == tiles * plan.steps || plan.stages * plan.stage_bytes >= kLeastRing;
-  };
-  const uint32_t half = kSharedOfSm / 2 - 1024;
-  if (plan.tiles <= sms || !fill(2 * sms, kRingOfTwo, half)) {
-    const bool deep = plan.steps * plan.stage_bytes > kRingOfOne;
-    if (!fill(sms, deep ? kRingOfDeep : kRingOfOne, kMostShared)) return {};
-  } else if (plan.tiles > plan.blocks) {
-    // Not three on an SM, which would leave others with one: 51200 x 2048 takes 61 us so, 47 with two on each.
-    plan.shared_bytes = std::max(plan.shared_bytes, kSharedOfSm / 3);
-  }
-
-  plan.barriers_at = plan.stages * plan.stage_bytes;
+  plan.barriers_at = ring;
   plan.x_at = plan.barriers_at + kMostStages * 16;
   plan.partial_at = plan.x_at + x_bytes;
   plan.bias_at = plan.partial_at + partial_bytes;
   plan.residual_at = plan.bias_at + (a.b ? plan.staged_tiles * 32 : 0);
+  plan.shared_bytes = ring + other;
+  // Of many blocks that go round not three on an SM, which would leave others with one: 51200 x 2048 takes 61 us so,
+  // 47 with two on each.
+  if (plan.tiles > plan.blocks && choice.limit == kHalfShared)
+    plan.shared_bytes = std::max(plan.shared_bytes, kSharedOfSm / 3);
   return plan;
+}
+
+std::optional<FewRowsPlan> plan_of(const LinearArgs& a) {
+  if (!layout_fits(a)) return {};
+  const int64_t rows = a.out_rows.count, slabs = ceil_div(a.depth, kSlabColumns);
+  const int groups = rows <= 8 ? 1 : rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
+  const bool small = a.w.shape[0] * a.depth * 2 <= kSmallWeights;
+  int kernel = 0;
+  for (; kernel < kFewRowsKernelCount; ++kernel) {
+    const FewRowsKernel& k = kFewRowsKernels[kernel];
+    if (k.groups == groups && (small || !k.small_only) && (slabs <= k.steps * k.warps || k.input != Input::kRegisters))
+      break;
+  }
+  if (kernel == kFewRowsKernelCount) return {};
+
+  const auto most_warps = static_cast<uint32_t>(kFewRowsKernels[kernel].warps);
+  const Copy copy = a.depth % kSlabColumns != 0 ? Copy::kSlabs : small ? Copy::kRows : Copy::kBox;
+  const auto sms = static_cast<uint32_t>(sm_count());
+  const int64_t tiles = ceil_div(a.columns, is_gate(a.activation) ? 8 : kTileRows);
+  if (tiles > sms)
+    if (auto plan = lay_out(a, {kernel, most_warps, copy, 2 * sms, kRingOfTwo, kHalfShared})) return plan;
+  const uint32_t ring = slabs * kSlabBytes > kRingOfOne ? kRingOfDeep : kRingOfOne;
+  return lay_out(a, {kernel, most_warps, copy, sms, ring, kMostShared});
 }
 
 }  // namespace
