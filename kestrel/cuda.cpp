@@ -5,6 +5,7 @@
 
 #include <array>
 #include <atomic>
+#include <mutex>
 
 #include "kestrel/cuda_check.h"
 #include "kestrel/launch.h"
@@ -59,6 +60,17 @@ cudaFunction_t function_of(const void* symbol, std::atomic<cudaFunction_t>* cach
     if (device < kMaxDevices) cache[device].store(function, std::memory_order_relaxed);
   }
   return function;
+}
+
+void allow_shared(const void* symbol, size_t bytes, std::atomic<size_t>* cache) {
+  const int device = current_device();
+  if (device < kMaxDevices && cache[device].load(std::memory_order_acquire) >= bytes) return;
+  static std::mutex mutex;  // the limit only grows, also where two threads ask for different sizes
+  std::lock_guard lock(mutex);
+  if (device < kMaxDevices && cache[device].load(std::memory_order_relaxed) >= bytes) return;
+  cuda_check(cudaFuncSetAttribute(symbol, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+             "cudaFuncSetAttribute");
+  if (device < kMaxDevices) cache[device].store(bytes, std::memory_order_release);
 }
 
 void launch_function(const void* symbol, cudaFunction_t function, const LaunchConfig& config, void** params) {

@@ -27,6 +27,9 @@ void launch_function(const void* symbol, cudaFunction_t function, const LaunchCo
 // The handle on the current device, looked up once.
 cudaFunction_t function_of(const void* symbol, std::atomic<cudaFunction_t>* cache);
 
+// More than 48 KB of shared memory must be allowed, once for each kernel and device.
+void allow_shared(const void* symbol, size_t bytes, std::atomic<size_t>* cache);
+
 // launch<kernel>(stream, {blocks, threads}, args): always a programmatic dependent launch. The kernel's blocks may be
 // placed while its predecessor drains, and the kernel waits itself (pdl.cuh) before it touches what the predecessor
 // wrote. Empty kernels of many waves lose by it, but kernels that move data gain at any size: 2960 blocks of activation
@@ -35,10 +38,10 @@ template <auto kKernel, class Args>
 void launch(Stream stream, const LaunchShape& shape, const Args& args) {
   static std::atomic<cudaFunction_t> functions[kMaxDevices];
   const auto symbol = reinterpret_cast<const void*>(kKernel);
-  if (shape.shared_bytes > 48 * 1024)
-    cuda_check(
-        cudaFuncSetAttribute(symbol, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)),
-        "cudaFuncSetAttribute");
+  if (shape.shared_bytes > 48 * 1024) {
+    static std::atomic<size_t> allowed[kMaxDevices];
+    allow_shared(symbol, shape.shared_bytes, allowed);
+  }
   cudaLaunchAttribute attributes[2];
   LaunchConfig config{};
   config.gridDim = dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.blocks_y));

@@ -344,6 +344,115 @@ def from_ways(backend: Backend, dtype: str, m: int, n: int, k: int) -> None:
             assert_close(backend.numpy(out), want, dtype, slack(backend, k) + 2e-5)
 
 
+FEW_ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65)
+
+
+# Depths of one granule and of several, whole and with a rest; tiles of 16 outputs, whole and with a rest.
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("k", [64, 72, 576, 1152, 1536, 2048, 2112, 4304])
+def test_few_rows(backend: Backend, dtype: str, k: int) -> None:
+    x, w, b, residual = (backend.array(a, dtype) for a in layer(FEW_ROWS[-1], 17, k))
+    for activation in (None, "gelu"):
+        want = expected(activation, *map(backend.numpy, (x, w, b, residual)))
+        for m in FEW_ROWS:
+            for n in (1, 15, 16, 17):
+                out = ops.linear(x[:m], w[:n], b[:n], residual[:m, :n], activation)
+                assert_close(backend.numpy(out), want[:m, :n], dtype, slack(backend, k))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("activation", GATES)
+def test_few_rows_gates(backend: Backend, dtype: str, activation: str) -> None:
+    for n, k in ((1, 64), (7, 576), (8, 1152), (9, 2048), (24, 264)):
+        x, w, b, residual = (backend.array(a, dtype) for a in layer(FEW_ROWS[-1], n, k, activation))
+        for bias, added in ((None, None), (b, residual)):
+            more = (None if a is None else backend.numpy(a) for a in (bias, added))
+            want = expected(activation, backend.numpy(x), backend.numpy(w), *more)
+            for m in FEW_ROWS:
+                out = ops.linear(x[:m], w, bias, None if added is None else added[:m], activation)
+                assert_close(backend.numpy(out), want[:m], dtype, slack(backend, k) + 2e-5)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("k", [72, 576])
+def test_few_rows_special_values(backend: Backend, dtype: str, k: int) -> None:
+    """NaN and Inf of a row of x or of w stay in that row or column, at the end of the depth too."""
+    x, w, _, _ = layer(12, 20, k)
+    x[1, 0], x[2, k - 1], w[5, k - 1], w[19, 3] = math.nan, math.inf, -math.inf, math.nan
+    x, w = backend.array(x, dtype), backend.array(w, dtype)
+    with np.errstate(invalid="ignore"):
+        want = expected(None, backend.numpy(x), backend.numpy(w))
+    for m in (3, 12):
+        out = backend.numpy(ops.linear(x[:m], w))
+        special = ~np.isfinite(want[:m])
+        np.testing.assert_array_equal(out[special], want[:m][special])
+        assert np.isfinite(out[~special]).all()
+
+
+@pytest.mark.parametrize("activation", [None, "gelu_tanh", "gelu_residual"])
+@pytest.mark.parametrize("shape", [(1, 960, 576), (16, 960, 576), (3, 1200, 64), (20, 600, 136)])
+def test_few_rows_strided(backend: Backend, activation: str | None, shape: tuple[int, int, int]) -> None:
+    """Rows of x, w, residual and out inside wider ones, at 16 bytes; the residual is out. The wider ones stay."""
+    m, n, k = shape
+    x, w, b, residual = layer(m, n, k, activation)
+    wide = [np.pad(a, ((0, 0), (8, 16)), constant_values=np.nan) for a in (x, w, residual)]
+    x, w, whole = (backend.array(a, "bfloat16") for a in wide)
+    b, residual = backend.array(b, "bfloat16"), whole[:, 8 : 8 + n]
+    x, w = x[:, 8 : 8 + k], w[:, 8 : 8 + k]
+    want = expected(activation, *map(backend.numpy, (x, w, b, residual)))
+    copy = backend.array(backend.numpy(residual), "bfloat16")
+    apart = backend.bits(ops.linear(x, w, b, copy, activation))
+    ops.linear_into(residual, x, w, b, residual, activation)
+    assert_close(backend.numpy(residual), want, "bfloat16", slack(backend, k) + 2e-5)
+    assert np.array_equal(backend.bits(residual), apart)
+    outside = np.delete(backend.numpy(whole), np.s_[8 : 8 + n], axis=1)
+    assert np.isnan(outside).all()
+
+
+# More granules than the ring has stages, many tiles for each block.
+@pytest.mark.cuda
+@pytest.mark.parametrize("on", CUDA_BACKENDS, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(12000, 2048), (24000, 576), (2056, 8192), (6000, 1160), (7001, 1024)])
+def test_few_rows_many_tiles(on: Backend, n: int, k: int) -> None:
+    for activation in (None, "silu_and_mul"):
+        x, w, b, residual = (on.array(a, "bfloat16") for a in layer(64, n, k, activation))
+        want = expected(activation, *map(on.numpy, (x, w, b, residual)))
+        for m in (1, 5, 8, 16, 24, 64):
+            out = ops.linear(x[:m], w, b, residual[:m], activation)
+            assert_close(on.numpy(out), want[:m], "bfloat16", slack(on, k) + 2e-5)
+            for _ in range(20):
+                assert np.array_equal(on.bits(ops.linear(x[:m], w, b, residual[:m], activation)), on.bits(out))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not CUDA_BACKENDS, reason="no CUDA device")
+def test_few_rows_chain() -> None:
+    """Layers that start while the ones before them run, each reading what the last one wrote."""
+    import torch
+
+    b = Backend("torch-cuda")
+    layers = [[b.array(a, "bfloat16") for a in layer(4, n, k, seed=seed)]
+              for seed, (n, k) in enumerate([(960, 576), (576, 960), (2048, 576), (576, 2048)] * 3)]  # fmt: skip
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        for _, w, bias, residual in layers:
+            x = ops.linear(x, w, bias, residual)
+        return x
+
+    want = layers[0][0]
+    for _, w, bias, residual in layers:
+        want = ops.linear(want, w, bias, residual)
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(layers[0][0])
+    for _ in range(50):
+        assert torch.equal(run(layers[0][0]), want)
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, want)
+
+
 # Those of the demo's layers at few rows and a prompt; a column; sizes without alignment.
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", HALVES)

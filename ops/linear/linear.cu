@@ -1,8 +1,9 @@
-// Three ways, tried in this order.
-//   1. cuBLASLt alone, with bias and residual in its epilogue.
-//   2. A product in fp32 into the workspace, chunk by chunk of the rows so that it is still in L2 when a kernel of ours
+// Four ways, tried in this order.
+//   1. At few rows a kernel of ours that streams the weights (few_rows.h).
+//   2. cuBLASLt alone, with bias and residual in its epilogue.
+//   3. A product in fp32 into the workspace, chunk by chunk of the rows so that it is still in L2 when a kernel of ours
 //      reads it back, which adds bias, activation and residual and rounds once.
-//   3. A plain kernel, a thread for each element, for depths that make no matrix product (0 too), rows of two strides
+//   4. A plain kernel, a thread for each element, for depths that make no matrix product (0 too), rows of two strides
 //      and rows that overlap, and whatever cuBLASLt has no algorithm for.
 // Which way a call goes depends on shapes, strides and alignment alone.
 #include <algorithm>
@@ -12,7 +13,8 @@
 #include "kestrel/hopper/pdl.cuh"
 #include "kestrel/hopper/vec.cuh"
 #include "kestrel/launch.h"
-#include "ops/activation/gate.cuh"
+#include "ops/linear/activate.cuh"
+#include "ops/linear/few_rows.h"
 #include "ops/linear/linear_args.h"
 #include "ops/linear/product.h"
 
@@ -27,33 +29,6 @@ constexpr int64_t kAlignment = 16;
 constexpr int64_t kSumsOffset = 8 << 20;  // in the workspace; cuBLASLt has what lies before it
 constexpr int64_t kSumsBytes = kLinearWorkspaceBytes - kSumsOffset;
 constexpr int64_t kRowTile = 128;
-
-template <class T, Kind kKind>
-__device__ __forceinline__ float activate(float a, float g) {
-  if constexpr (kKind == Kind::kGelu) return gelu<T>(a);
-  if constexpr (kKind == Kind::kGeluTanh) return gelu_tanh(a);
-  if constexpr (kKind == Kind::kSilu) return silu(a);
-  if constexpr (kKind == Kind::kGeluResidualGate) return apply_gate<T, Gate::kGeluResidual>(a, g);
-  if constexpr (kKind == Kind::kSiluGate) return apply_gate<T, Gate::kSilu>(a, g);
-  if constexpr (kKind == Kind::kGeluGate) return apply_gate<T, Gate::kGelu>(a, g);
-  if constexpr (kKind == Kind::kGeluTanhGate) return apply_gate<T, Gate::kGeluTanh>(a, g);
-  return a;
-}
-
-// body.operator()<kKind>(), on either side
-template <class Body>
-__host__ __device__ __forceinline__ void dispatch_kind(Kind kind, Body&& body) {
-  switch (kind) {
-    case Kind::kNone: return body.template operator()<Kind::kNone>();
-    case Kind::kGelu: return body.template operator()<Kind::kGelu>();
-    case Kind::kGeluTanh: return body.template operator()<Kind::kGeluTanh>();
-    case Kind::kSilu: return body.template operator()<Kind::kSilu>();
-    case Kind::kGeluResidualGate: return body.template operator()<Kind::kGeluResidualGate>();
-    case Kind::kSiluGate: return body.template operator()<Kind::kSiluGate>();
-    case Kind::kGeluGate: return body.template operator()<Kind::kGeluGate>();
-    case Kind::kGeluTanhGate: return body.template operator()<Kind::kGeluTanhGate>();
-  }
-}
 
 // A thread finishes one vector of 16 bytes of out. The sums of a chunk are few enough for 32-bit indices.
 template <class T>
@@ -261,6 +236,7 @@ int64_t multiply_to_sums(Stream stream, const LinearArgs& a, Product product, Me
 }  // namespace
 
 void linear(Stream stream, const LinearArgs& a, const std::optional<Tensor>& workspace) {
+  if (few_rows(stream, a)) return;
   const int64_t rows = a.out_rows.count, outputs = a.w.shape[0];
   const Memory memory = workspace ? Memory{workspace->data, kLinearWorkspaceBytes} : Memory{};
   int64_t done = 0;

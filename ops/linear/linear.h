@@ -5,7 +5,9 @@
 //   I rows of w and g from the last I (ops/activation).
 // Any M, N, K, zero too; rows of x, w, out and residual of any stride; all of one dtype. out may be residual and
 // overlaps nothing else. A row of out has the same bits whatever the rows beside it hold; on the CPU also however many
-// they are, where on CUDA their number, strides and 16-byte alignment choose cuBLASLt's algorithm.
+// they are, where on CUDA their number, strides and 16-byte alignment choose the kernel.
+// On CUDA at few rows w and b are read while the kernel before may still run: as weights, which no kernel writes in the
+// same run.
 // workspace: for CUDA u8 [linear_workspace_bytes()] or more, at a multiple of 256, free again for the next call on the
 // stream; what it holds is lost. Without one the call is right but slower: most activations by a plain kernel.
 #pragma once

@@ -1,0 +1,40 @@
+// mma.sync: sums += a b over one warp, a [16, 16] and b [16, 8] of T, sums in fp32. Thread l holds, with g = l / 4 and
+// q = l % 4: a (g, 2q), (g + 8, 2q), (g, 2q + 8), (g + 8, 2q + 8), b (2q, g), (2q + 8, g), each with its neighbour in
+// k; sums (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).
+#pragma once
+
+#include <cstdint>
+
+#include <kestrel/dtype.h>
+
+namespace kestrel {
+
+// ld.shared.v4: in program order with the waits and arrivals around it.
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+// mma.sync.aligned.m16n8k16.row.col.f32
+template <class T>
+__device__ __forceinline__ void mma(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1) {
+  if constexpr (dtype_of<T> == DType::kBF16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    static_assert(dtype_of<T> == DType::kF16);
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+}  // namespace kestrel

@@ -1,0 +1,38 @@
+// Copies from global to shared memory that run beside the thread that issues them. The bulk ones count their bytes on
+// an mbarrier; shared addresses are those of the shared window, at multiples of 16 (boxes with a 128-byte swizzle:
+// 1024).
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace kestrel {
+
+// cp.async.bulk: contiguous bytes, a multiple of 16.
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// cp.async.bulk.tensor.4d: the box of `map` (tensor_map.h) at these coordinates, innermost first. What lies outside the
+// tensor comes as zero and counts like the rest.
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int c0, int c1, int c2, int c3,
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(barrier)
+      : "memory");
+}
+
+// cp.async.cg, 16 bytes: of those `valid` (0 or 16) are read and the others come as zero.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint32_t valid = 16) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
+}
+
+// cp.async.wait_all: this thread's copy_async have landed; a barrier shows them to others.
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+}  // namespace kestrel

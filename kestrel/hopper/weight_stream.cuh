@@ -1,0 +1,117 @@
+// The main loop of products at few rows, out^T = w x^T: 16 rows of w are the a of mma.sync, 8 rows of x its b.
+// A granule is 16 rows x (64 columns for each consumer warp) of w, one stage of a ring in shared memory; each warp
+// takes one slab of 64 columns of it. One producer warp fills the ring, before the dependency wait too: weights are all
+// it reads. A dot product does not care in which order its terms come, so that a thread's operands are whole 16 bytes
+// of w and of x, in the same order of columns: no ldmatrix. Results of the warps are summed once for each tile.
+#pragma once
+
+#include "kestrel/hopper/mbarrier.cuh"
+#include "kestrel/hopper/mma.cuh"
+#include "kestrel/hopper/tma.cuh"
+#include "kestrel/hopper/warp.cuh"
+
+namespace kestrel {
+
+constexpr uint32_t kSlabColumns = 64;
+constexpr uint32_t kSlabPitch = 128;  // bytes of a slab's row
+constexpr uint32_t kTileRows = 16;
+constexpr uint32_t kSlabBytes = kTileRows * kSlabPitch;
+
+// A stage is full when its bytes have landed and empty when each consumer warp has arrived. Producer and consumers
+// count the granules alike, each in a Ring of its own, and never reset it from tile to tile.
+struct Ring {
+  uint32_t data, barriers;  // addresses: stages of 1024-aligned data; a full and an empty barrier for each
+  uint32_t stages, stage_bytes;
+  uint32_t stage = 0, parity = 0;
+
+  __device__ __forceinline__ uint32_t address() const { return data + stage * stage_bytes; }
+  __device__ __forceinline__ uint32_t full() const { return barriers + stage * 16; }
+  __device__ __forceinline__ uint32_t empty() const { return barriers + stage * 16 + 8; }
+  __device__ __forceinline__ void advance() {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+  // By one warp, before it fills the ring; the others see the barriers after a __syncthreads.
+  __device__ __forceinline__ void init(uint32_t consumer_warps) const {
+    for (uint32_t i = threadIdx.x % kWarp; i < stages; i += kWarp) {
+      init_barrier(barriers + i * 16, 1);
+      init_barrier(barriers + i * 16 + 8, consumer_warps);
+    }
+    fence_init_barrier();
+    __syncwarp();
+  }
+};
+
+// Where the thread of row g = lane / 4 and quarter q = lane % 4 finds the chunks 2q and 2q + 1 (of 8 columns) of its
+// slab in rows g and g + 8 of a stage. Eight threads that read at once meet 32 different banks either way.
+struct WeightLane {
+  uint32_t chunk[2], lower;
+
+  // Boxes: the slabs lie one after another, with TMA's swizzle.
+  static __device__ __forceinline__ WeightLane in_boxes(uint32_t warp, uint32_t lane) {
+    const uint32_t row = lane / 4, chunk = lane % 4 * 2, at = warp * kSlabBytes + row * kSlabPitch;
+    return {{at + ((chunk ^ row) << 4), at + (((chunk + 1) ^ row) << 4)}, 8 * kSlabPitch};
+  }
+  // Rows `pitch` bytes apart, an odd number of 16 bytes.
+  static __device__ __forceinline__ WeightLane in_rows(uint32_t warp, uint32_t lane, uint32_t pitch) {
+    const uint32_t at = lane / 4 * pitch + warp * kSlabPitch + lane % 4 * 32;
+    return {{at, at + 16}, 8 * pitch};
+  }
+};
+
+struct Weights {
+  uint4 upper[2], lower[2];
+
+  __device__ __forceinline__ Weights(uint32_t stage, const WeightLane& lane) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      upper[h] = load_shared(stage + lane.chunk[h]);
+      lower[h] = load_shared(stage + lane.chunk[h] + lane.lower);
+    }
+  }
+};
+
+// sums += w x for one slab and 8 rows of x, of which the thread holds chunks 2q and 2q + 1 of row g. Two chains of
+// sums, which may be one.
+template <class T>
+__device__ __forceinline__ void multiply(float (&even)[4], float (&odd)[4], const Weights& w, const uint4 (&x)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    mma<T>(even, w.upper[h].x, w.lower[h].x, w.upper[h].y, w.lower[h].y, x[h].x, x[h].y);
+    mma<T>(odd, w.upper[h].z, w.lower[h].z, w.upper[h].w, w.lower[h].w, x[h].z, x[h].w);
+  }
+}
+
+// The sums of the warps of one tile, [warp][column][row] in shared memory: 20 rows apart, the writes of a warp meet 32
+// different banks.
+constexpr uint32_t kPartialPitch = 20;
+
+// What a thread has of 8 columns from `column` on, of which `columns` are kept.
+__device__ __forceinline__ void store_partial(float* partial, const float (&sums)[4], uint32_t column,
+                                              uint32_t columns) {
+  const uint32_t lane = threadIdx.x % kWarp;
+  column += lane % 4 * 2;
+  float* const to = partial + column * kPartialPitch + lane / 4;
+  if (column < columns) {
+    to[0] = sums[0];
+    to[8] = sums[2];
+  }
+  if (column + 1 < columns) {
+    to[kPartialPitch] = sums[1];
+    to[kPartialPitch + 8] = sums[3];
+  }
+}
+
+// Over the warps, `stride` floats apart; in a fixed order.
+template <int kMostWarps>
+__device__ __forceinline__ float sum_partial(const float* partial, uint32_t warps, uint32_t stride) {
+  float sums[4] = {};
+#pragma unroll
+  for (int w = 0; w < kMostWarps; ++w)
+    if (w < warps) sums[w % 4] += partial[w * stride];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+}  // namespace kestrel

@@ -1,0 +1,25 @@
+// The descriptor of a tensor that the copy engine (TMA) reads boxes of. It holds addresses and goes to the kernel by
+// value, inside its __grid_constant__ arguments; making one takes the caller less than a microsecond.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include <kestrel/dtype.h>
+
+namespace kestrel {
+
+struct TensorBox {
+  DType dtype;        // of 16 or 8 bits
+  const void* data;   // at a multiple of 16 bytes
+  int64_t size[4];    // innermost first
+  int64_t stride[4];  // in elements; that of the innermost is 1, the others are multiples of 16 bytes
+  uint32_t box[4];    // 128 bytes in the innermost, at most 256 elements in each
+};
+
+// Boxes with the 128-byte swizzle: the 16 bytes c of line r lie at r * 128 + (c ^ r % 8) * 16. What lies outside the
+// tensor reads as zero.
+CUtensorMap tensor_map(const TensorBox& tensor);
+
+}  // namespace kestrel

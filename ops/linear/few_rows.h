@@ -1,0 +1,56 @@
+// The product of a linear layer at few rows, at the speed of its weights.
+#pragma once
+
+#include <cstdint>
+
+#include "ops/linear/linear_args.h"
+
+namespace kestrel::cuda {
+
+// False where another way is faster, or the only one: nothing is launched then.
+bool few_rows(Stream stream, const LinearArgs& args);
+
+// The kernels compiled, for each dtype: how many groups of 8 rows of x, where x is kept, and the consumer warps.
+enum class Input {
+  kRegisters,  // for `steps` granules of a tile's depth or fewer
+  kStreamed,   // in registers too, fetched anew for each tile, `steps` granules ahead
+  kShared,     // all of it in shared memory
+};
+struct FewRowsKernel {
+  int groups;
+  Input input;
+  int steps;
+  int warps;        // at most
+  int blocks;       // on an SM at least, by their registers
+  bool small_only;  // for weights that are all in flight at once
+};
+inline constexpr FewRowsKernel kFewRowsKernels[] = {
+    {1, Input::kRegisters, 2, 16, 2, true}, {1, Input::kRegisters, 4, 9, 2, false},
+    {1, Input::kShared, 1, 9, 2, false},    {2, Input::kRegisters, 2, 12, 2, false},
+    {2, Input::kRegisters, 4, 8, 2, false}, {2, Input::kStreamed, 4, 8, 1, false},
+    {4, Input::kShared, 1, 9, 2, false},    {8, Input::kShared, 1, 9, 1, false},
+};
+inline constexpr int kFewRowsKernelCount = sizeof(kFewRowsKernels) / sizeof(FewRowsKernel);
+
+// How a granule of weights is fetched.
+enum class Copy : uint32_t {
+  kBox,    // as one box
+  kSlabs,  // as a box for each slab: a depth that is no multiple of 64 ends in zeros
+  kRows,   // as 16 rows: without a tensor map, quicker to begin
+};
+
+// One call of a kernel. Offsets in shared memory count from its first multiple of 1024.
+struct FewRowsPlan {
+  int kernel;
+  Copy copy;
+  uint32_t warps, steps;  // granules of `warps` slabs in the depth
+  uint32_t tiles, blocks;
+  uint32_t stages, stage_bytes;
+  uint32_t staged_tiles;  // of each block: those whose bias and residual are brought to shared memory at the start
+  uint32_t barriers_at, x_at, x_pitch, partial_at, bias_at, residual_at, shared_bytes;
+};
+
+template <class T>
+void launch_few_rows(Stream stream, const LinearArgs& args, const FewRowsPlan& plan);
+
+}  // namespace kestrel::cuda
