@@ -56,7 +56,7 @@ uint32_t staged_tile_bytes(const LinearArgs& a) {
 struct Choice {
   int kernel;
   uint32_t most_warps;  // at most the kernel's
-  Copy copy;
+  WeightCopy copy;
   uint32_t blocks;
   uint32_t ring;   // bytes at most
   uint32_t limit;  // of a block's shared memory
@@ -76,14 +76,14 @@ std::optional<FewRowsPlan> lay_out(const LinearArgs& a, const Choice& choice) {
     plan.steps = slabs / 8;
     plan.warps = 8;
   }
-  if (plan.copy == Copy::kRows && plan.steps * plan.warps != slabs) plan.copy = Copy::kBox;
-  plan.stage_bytes = plan.warps * kSlabBytes + (plan.copy == Copy::kRows ? kTileRows * 16 : 0);
+  if (plan.copy == WeightCopy::kRows && plan.steps * plan.warps != slabs) plan.copy = WeightCopy::kBox;
+  plan.stage_bytes = plan.warps * kSlabBytes + (plan.copy == WeightCopy::kRows ? kTileRows * 16 : 0);
   plan.tiles = ceil_div(a.columns, is_gate(a.activation) ? 8 : kTileRows);
   plan.blocks = std::min(plan.tiles, choice.blocks);
   const uint32_t tiles = ceil_div(plan.tiles, plan.blocks), granules = tiles * plan.steps;
 
   plan.x_pitch = plan.steps * plan.warps * kSlabPitch + 16;
-  const uint32_t x_bytes = kernel.input == Input::kShared ? rows * plan.x_pitch : 0;
+  const uint32_t x_bytes = kernel.input == InputPlace::kShared ? rows * plan.x_pitch : 0;
   const uint32_t kept_rows = std::min<uint32_t>(rows, kernel.groups == 1 ? 8 : 16);
   const uint32_t partial_bytes = 2 * plan.warps * kept_rows * kPartialPitch * sizeof(float);
   const uint32_t tile_bytes = staged_tile_bytes(a);
@@ -115,13 +115,16 @@ std::optional<FewRowsPlan> plan_of(const LinearArgs& a) {
   int kernel = 0;
   for (; kernel < kFewRowsKernelCount; ++kernel) {
     const FewRowsKernel& k = kFewRowsKernels[kernel];
-    if (k.groups == groups && (small || !k.small_only) && (slabs <= k.steps * k.warps || k.input != Input::kRegisters))
+    if (k.groups == groups && (small || !k.small_only) &&
+        (slabs <= k.steps * k.warps || k.input != InputPlace::kRegisters))
       break;
   }
   if (kernel == kFewRowsKernelCount) return {};
 
   const auto most_warps = static_cast<uint32_t>(kFewRowsKernels[kernel].warps);
-  const Copy copy = a.depth % kSlabColumns != 0 ? Copy::kSlabs : small ? Copy::kRows : Copy::kBox;
+  const WeightCopy copy = a.depth % kSlabColumns != 0 ? WeightCopy::kSlabs
+                          : small                     ? WeightCopy::kRows
+                                                      : WeightCopy::kBox;
   const auto sms = static_cast<uint32_t>(sm_count());
   const int64_t tiles = ceil_div(a.columns, is_gate(a.activation) ? 8 : kTileRows);
   if (tiles > sms)
