@@ -56,7 +56,7 @@ uint32_t staged_tile_bytes(const LinearArgs& a) {
 struct Choice {
   int kernel;
   uint32_t most_warps;  // at most the kernel's
-  Copy copy;
+  WeightCopy copy;
   uint32_t blocks;
   uint32_t ring;   // bytes at most
   uint32_t limit;  // of a block's shared memory
@@ -76,14 +76,14 @@ std::optional<FewRowsPlan> lay_out(const LinearArgs& a, const Choice& choice) {
     plan.steps = slabs / 8;
     plan.warps = 8;
   }
-  if (plan.copy == Copy::kRows && plan.steps * plan.warps != slabs) plan.copy = Copy::kBox;
-  plan.stage_bytes = plan.warps * kSlabBytes + (plan.copy == Copy::kRows ? kTileRows * 16 : 0);
+  if (plan.copy == WeightCopy::kRows && plan.steps * plan.warps != slabs) plan.copy = WeightCopy::kBox;
+  plan.stage_bytes = plan.warps * kSlabBytes + (plan.copy == WeightCopy::kRows ? kTileRows * 16 : 0);
   plan.tiles = ceil_div(a.columns, is_gate(a.activation) ? 8 : kTileRows);
   plan.blocks = std::min(plan.tiles, choice.blocks);
   const uint32_t tiles = ceil_div(plan.tiles, plan.blocks), granules = tiles * plan.steps;
 
   plan.x_pitch = plan.steps * plan.warps * kSlabPitch + 16;
-  const uint32_t x_bytes = kernel.input == Input::kShared ? rows * plan.x_pitch : 0;
+  const uint32_t x_bytes = kernel.input == InputPlace::kShared ? rows * plan.x_pitch : 0;
   const uint32_t kept_rows = std::min<uint32_t>(rows, kernel.groups == 1 ? 8 : 16);
   const uint32_t partial_bytes = 2 * plan.warps * kept_rows * kPartialPitch * sizeof(float);
   const uint32_t tile_bytes = staged_tile_bytes(a);
@@ -107,27 +107,28 @@ std::optional<FewRowsPlan> lay_out(const LinearArgs& a, const Choice& choice) {
   return plan;
 }
 
+// By the first kernel of the list that fits.
 std::optional<FewRowsPlan> plan_of(const LinearArgs& a) {
   if (!layout_fits(a)) return {};
   const int64_t rows = a.out_rows.count, slabs = ceil_div(a.depth, kSlabColumns);
-  const int groups = rows <= 8 ? 1 : rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
   const bool small = a.w.shape[0] * a.depth * 2 <= kSmallWeights;
-  int kernel = 0;
-  for (; kernel < kFewRowsKernelCount; ++kernel) {
-    const FewRowsKernel& k = kFewRowsKernels[kernel];
-    if (k.groups == groups && (small || !k.small_only) && (slabs <= k.steps * k.warps || k.input != Input::kRegisters))
-      break;
-  }
-  if (kernel == kFewRowsKernelCount) return {};
-
-  const auto most_warps = static_cast<uint32_t>(kFewRowsKernels[kernel].warps);
-  const Copy copy = a.depth % kSlabColumns != 0 ? Copy::kSlabs : small ? Copy::kRows : Copy::kBox;
+  const WeightCopy copy = a.depth % kSlabColumns != 0 ? WeightCopy::kSlabs
+                          : small                     ? WeightCopy::kRows
+                                                      : WeightCopy::kBox;
   const auto sms = static_cast<uint32_t>(sm_count());
   const int64_t tiles = ceil_div(a.columns, is_gate(a.activation) ? 8 : kTileRows);
-  if (tiles > sms)
-    if (auto plan = lay_out(a, {kernel, most_warps, copy, 2 * sms, kRingOfTwo, kHalfShared})) return plan;
   const uint32_t ring = slabs * kSlabBytes > kRingOfOne ? kRingOfDeep : kRingOfOne;
-  return lay_out(a, {kernel, most_warps, copy, sms, ring, kMostShared});
+  for (int i = 0; i < kFewRowsKernelCount; ++i) {
+    const FewRowsKernel& kernel = kFewRowsKernels[i];
+    if (rows > 8 * kernel.groups || (kernel.small_only && !small) ||
+        (kernel.input == InputPlace::kRegisters && slabs > kernel.steps * kernel.warps))
+      continue;
+    const auto most_warps = static_cast<uint32_t>(kernel.warps);
+    if (tiles > sms && kernel.blocks > 1)
+      if (auto plan = lay_out(a, {i, most_warps, copy, 2 * sms, kRingOfTwo, kHalfShared})) return plan;
+    if (auto plan = lay_out(a, {i, most_warps, copy, sms, ring, kMostShared})) return plan;
+  }
+  return {};
 }
 
 }  // namespace

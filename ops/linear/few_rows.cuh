@@ -16,7 +16,7 @@ namespace kestrel::cuda {
 
 template <class T>
 struct FewRowsArgs {
-  CUtensorMap map;  // of w; unset for Copy::kRows
+  CUtensorMap map;  // of w; unset for WeightCopy::kRows
   T* out;
   const T *x, *w, *bias, *residual;
   int64_t out_stride, x_stride, w_stride, residual_stride;
@@ -46,7 +46,7 @@ __device__ __forceinline__ void stream_weights(const FewRowsArgs<T>& args, Ring 
 
   const auto issue = [&] {
     const uint32_t to = ring.address(), full = ring.full();
-    if (plan.copy == Copy::kRows) {
+    if (plan.copy == WeightCopy::kRows) {
       const uint32_t bytes = plan.warps * kSlabPitch, half = lane >> bits, output = first + lane % width;
       const uint32_t height = min(width, args.columns - first) << (4 - bits);
       if (lane == 0) arrive_expecting(full, height * bytes);
@@ -58,7 +58,7 @@ __device__ __forceinline__ void stream_weights(const FewRowsArgs<T>& args, Ring 
     } else {
       if (lane == 0) arrive_expecting(full, plan.stage_bytes);
       __syncwarp();
-      if (plan.copy == Copy::kBox) {
+      if (plan.copy == WeightCopy::kBox) {
         if (lane == 0) copy_box(to, &args.map, 0, first, 0, step * plan.warps, full);
       } else if (lane < plan.warps) {
         copy_box(to + lane * kSlabBytes, &args.map, (step * plan.warps + lane) * kSlabColumns, first, 0, 0, full);
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__((kFewRowsKernels[kKernel].warps + 1) * kWarp, 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr FewRowsKernel kThis = kFewRowsKernels[kKernel];
   constexpr int kGroups = kThis.groups, kSteps = kThis.steps, kMostWarps = kThis.warps;
-  constexpr Input kInput = kThis.input;
+  constexpr InputPlace kInput = kThis.input;
   constexpr int kChains = kGroups == 1 ? 2 : 1;    // of sums: more rows hide the latency of mma by themselves
   constexpr int kTogether = kGroups == 1 ? 1 : 2;  // groups whose sums are in shared memory at a time
   release_successor();  // the next product fills its ring meanwhile; nothing may be assumed complete before a wait
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__((kFewRowsKernels[kKernel].warps + 1) * kWarp, 
   if (warp == plan.warps) return stream_weights<kPlain>(args, ring);
 
   if (args.bias) stage_bias<kPlain>(args, base + plan.bias_at);
-  const WeightLane weight_lane = plan.copy == Copy::kRows
+  const WeightLane weight_lane = plan.copy == WeightCopy::kRows
                                      ? WeightLane::in_rows(warp, lane, plan.warps * kSlabPitch + 16)
                                      : WeightLane::in_boxes(warp, lane);
   __syncthreads();
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__((kFewRowsKernels[kKernel].warps + 1) * kWarp, 
     }
   };
   [[maybe_unused]] uint32_t x_shared[kGroups];
-  if constexpr (kInput == Input::kShared) {
+  if constexpr (kInput == InputPlace::kShared) {
 #pragma unroll
     for (int n = 0; n < kGroups; ++n)
       x_shared[n] =
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__((kFewRowsKernels[kKernel].warps + 1) * kWarp, 
     for (int step = 0; step < kSteps; ++step) load_input(step, step);
   }
   if (args.residual) stage_residual<kPlain>(args, base + plan.residual_at);
-  if constexpr (kInput == Input::kShared) {
+  if constexpr (kInput == InputPlace::kShared) {
     wait_copies();
     sync_threads(1, plan.warps * kWarp);
   }
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__((kFewRowsKernels[kKernel].warps + 1) * kWarp, 
       const Weights weights(ring.address(), weight_lane);
 #pragma unroll
       for (int n = 0; n < kGroups; ++n) {
-        if constexpr (kInput == Input::kShared) {
+        if constexpr (kInput == InputPlace::kShared) {
           const uint32_t at = x_shared[n] + step * plan.warps * kSlabPitch;
           const uint4 values[2] = {load_shared(at), load_shared(at + 16)};
           multiply<T>(sums[0][n], sums[kChains - 1][n], weights, values);
@@ -247,9 +247,10 @@ __global__ void __launch_bounds__((kFewRowsKernels[kKernel].warps + 1) * kWarp, 
         const uint32_t step = first + slot;
         if (step >= plan.steps) break;
         multiply_granule(slot, step);
-        if constexpr (kInput == Input::kStreamed) load_input(slot, step + kSteps < plan.steps ? step + kSteps : slot);
+        if constexpr (kInput == InputPlace::kStreamed)
+          load_input(slot, step + kSteps < plan.steps ? step + kSteps : slot);
       }
-      if constexpr (kInput == Input::kRegisters) break;
+      if constexpr (kInput == InputPlace::kRegisters) break;
     }
     if constexpr (kChains == 2)
 #pragma unroll
@@ -283,7 +284,7 @@ void launch_kernel(Stream stream, const FewRowsArgs<T>& args) {
 // rows of a tile: of a gate eight of either half, so that a thread, which has rows g and g + 8, has both.
 template <class T>
 CUtensorMap weight_map(const LinearArgs& a, const FewRowsPlan& plan) {
-  const bool gate = is_gate(a.activation), whole = plan.copy == Copy::kBox;
+  const bool gate = is_gate(a.activation), whole = plan.copy == WeightCopy::kBox;
   const uint32_t halves = gate ? 2 : 1;
   const int64_t row = a.w.shape[0] == 1 ? a.depth : a.w.stride[0];
   return tensor_map({dtype_of<T>,
@@ -310,7 +311,7 @@ void launch_few_rows(Stream stream, const LinearArgs& a, const FewRowsPlan& plan
                       static_cast<uint32_t>(a.depth),
                       a.activation,
                       plan};
-  if (plan.copy != Copy::kRows) args.map = weight_map<T>(a, plan);
+  if (plan.copy != WeightCopy::kRows) args.map = weight_map<T>(a, plan);
   [&]<int... kKernels>(std::integer_sequence<int, kKernels...>) {
     ((plan.kernel == kKernels ? launch_kernel<T, kKernels>(stream, args) : void()), ...);
   }

@@ -11,29 +11,29 @@ namespace kestrel::cuda {
 bool few_rows(Stream stream, const LinearArgs& args);
 
 // The kernels compiled, for each dtype: how many groups of 8 rows of x, where x is kept, and the consumer warps.
-enum class Input {
+enum class InputPlace {
   kRegisters,  // for `steps` granules of a tile's depth or fewer
   kStreamed,   // in registers too, fetched anew for each tile, `steps` granules ahead
   kShared,     // all of it in shared memory
 };
 struct FewRowsKernel {
   int groups;
-  Input input;
+  InputPlace input;
   int steps;
   int warps;        // at most
   int blocks;       // on an SM at least, by their registers
   bool small_only;  // for weights that are all in flight at once
 };
 inline constexpr FewRowsKernel kFewRowsKernels[] = {
-    {1, Input::kRegisters, 2, 16, 2, true}, {1, Input::kRegisters, 4, 9, 2, false},
-    {1, Input::kShared, 1, 9, 2, false},    {2, Input::kRegisters, 2, 12, 2, false},
-    {2, Input::kRegisters, 4, 8, 2, false}, {2, Input::kStreamed, 4, 8, 1, false},
-    {4, Input::kShared, 1, 9, 2, false},    {8, Input::kShared, 1, 9, 1, false},
+    {1, InputPlace::kRegisters, 2, 16, 2, true}, {1, InputPlace::kRegisters, 4, 9, 2, false},
+    {1, InputPlace::kShared, 1, 9, 2, false},    {2, InputPlace::kRegisters, 2, 12, 2, false},
+    {2, InputPlace::kRegisters, 4, 8, 2, false}, {2, InputPlace::kStreamed, 4, 8, 1, false},
+    {4, InputPlace::kShared, 1, 9, 2, false},    {8, InputPlace::kShared, 1, 9, 1, false},
 };
 inline constexpr int kFewRowsKernelCount = sizeof(kFewRowsKernels) / sizeof(FewRowsKernel);
 
 // How a granule of weights is fetched.
-enum class Copy : uint32_t {
+enum class WeightCopy : uint32_t {
   kBox,    // as one box
   kSlabs,  // as a box for each slab: a depth that is no multiple of 64 ends in zeros
   kRows,   // as 16 rows: without a tensor map, quicker to begin
@@ -42,7 +42,7 @@ enum class Copy : uint32_t {
 // One call of a kernel. Offsets in shared memory count from its first multiple of 1024.
 struct FewRowsPlan {
   int kernel;
-  Copy copy;
+  WeightCopy copy;
   uint32_t warps, steps;  // granules of `warps` slabs in the depth
   uint32_t tiles, blocks;
   uint32_t stages, stage_bytes;
