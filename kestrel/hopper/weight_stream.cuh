@@ -71,6 +71,15 @@ struct Weights {
       lower[h] = load_shared(stage + lane.chunk[h] + lane.lower);
     }
   }
+
+  // By a whole warp, once its loads have returned: the stage may be filled anew. In program order alone the arrival can
+  // overtake loads from shared memory that queue behind loads from global memory (on an H200 stages were refilled under
+  // them), so it is made to depend on what was loaded last. gridDim.y is 1, which the compiler does not know.
+  __device__ __forceinline__ void release(const Ring& ring) const {
+    const bool loaded = ((lower[0].x | lower[1].x) & 2 & gridDim.y) == 0;
+    __syncwarp();
+    if (loaded & (threadIdx.x % kWarp == 0)) arrive(ring.empty());
+  }
 };
 
 // sums += w x for one slab and 8 rows of x, of which the thread holds chunks 2q and 2q + 1 of row g. Two chains of

@@ -237,8 +237,7 @@ __global__ void __launch_bounds__((kFewRowsKernels[kKernel].warps + 1) * kWarp, 
           multiply<T>(sums[0][n], sums[kChains - 1][n], weights, x[slot][n]);
         }
       }
-      __syncwarp();
-      if (lane == 0) arrive(ring.empty());
+      weights.release(ring);
       ring.advance();
     };
     for (uint32_t first = 0; first < plan.steps; first += kSteps) {
