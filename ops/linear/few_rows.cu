@@ -1,7 +1,7 @@
 // Which products the kernel for few rows takes, and how: measured on an H200 with cold weights, in chains of dependent
-// launches. 264 blocks, exactly two on an SM, for many tiles (8192 x 2048: 0.5-1 us better than 132 with twice the
-// ring); a block on an SM with all of its shared memory for tiles that are deep (2048 x 8192: 8.2 us, 9.3-9.9 with 96
-// KB).
+// launches. What a block leaves free of its SM lets blocks of the next kernel fill their rings meanwhile: two blocks on
+// an SM with rings of 64 KB beat rings of 80 (6144 x 2048: 5.9 and 6.2 us), and 96 KB beat 176 where x is streamed
+// (16 x 2048 x 8192: 10.5 and 12.4).
 #include "ops/linear/few_rows.h"
 
 #include <algorithm>
@@ -18,13 +18,15 @@ namespace {
 constexpr int64_t kMostFewRows = 64;  // above, cuBLASLt is faster
 constexpr int64_t kLeastDepth = 64;
 constexpr int64_t kMostDepth = 16384;         // deeper ones want blocks that share a tile
-constexpr int64_t kSmallWeights = 9'000'000;  // bytes: more warps, rows in place of boxes
+constexpr int64_t kSmallWeights = 9'000'000;  // bytes
 constexpr uint32_t kSharedOfSm = 228 * 1024;  // of which each block takes 1 KB for the system
 constexpr uint32_t kMostShared = 227 * 1024;
 constexpr uint32_t kHalfShared = kSharedOfSm / 2 - 1024;
-constexpr uint32_t kRingOfTwo = 80 * 1024;  // two blocks on an SM; or two kernels, the second one waiting
+constexpr uint32_t kThirdShared = kSharedOfSm / 3 - 1024;
+constexpr uint32_t kRingOfThree = 72 * 1024;  // three blocks on an SM
+constexpr uint32_t kRingOfTwo = 64 * 1024;
 constexpr uint32_t kRingOfOne = 96 * 1024;
-constexpr uint32_t kRingOfDeep = 176 * 1024;
+constexpr uint32_t kRingOfDeep = 144 * 1024;
 constexpr uint32_t kLeastRing = 48 * 1024;    // in flight; less loses bandwidth
 constexpr uint32_t kStagedBytes = 12 * 1024;  // bias and residual
 constexpr uint32_t kMostStages = 16;
@@ -100,33 +102,36 @@ std::optional<FewRowsPlan> lay_out(const LinearArgs& a, const Choice& choice) {
   plan.bias_at = plan.partial_at + partial_bytes;
   plan.residual_at = plan.bias_at + (a.b ? plan.staged_tiles * 32 : 0);
   plan.shared_bytes = ring + other;
-  // Of many blocks that go round not three on an SM, which would leave others with one: 51200 x 2048 takes 61 us so,
-  // 47 with two on each.
-  if (plan.tiles > plan.blocks && choice.limit == kHalfShared)
-    plan.shared_bytes = std::max(plan.shared_bytes, kSharedOfSm / 3);
   return plan;
 }
 
-// By the first kernel of the list that fits.
 std::optional<FewRowsPlan> plan_of(const LinearArgs& a) {
   if (!layout_fits(a)) return {};
   const int64_t rows = a.out_rows.count, slabs = ceil_div(a.depth, kSlabColumns);
-  const bool small = a.w.shape[0] * a.depth * 2 <= kSmallWeights;
-  const WeightCopy copy = a.depth % kSlabColumns != 0 ? WeightCopy::kSlabs
-                          : small                     ? WeightCopy::kRows
-                                                      : WeightCopy::kBox;
   const auto sms = static_cast<uint32_t>(sm_count());
   const int64_t tiles = ceil_div(a.columns, is_gate(a.activation) ? 8 : kTileRows);
-  const uint32_t ring = slabs * kSlabBytes > kRingOfOne ? kRingOfDeep : kRingOfOne;
-  for (int i = 0; i < kFewRowsKernelCount; ++i) {
+  // One deep tile for each block: 16 rows are on their way sooner than a box (16 x 2048 x 2048: 3.9 and 4.4 us).
+  const bool by_rows = slabs >= 32 && a.w.shape[0] * a.depth * 2 <= kSmallWeights;
+  const WeightCopy copy = a.depth % kSlabColumns != 0 ? WeightCopy::kSlabs
+                          : by_rows                   ? WeightCopy::kRows
+                                                      : WeightCopy::kBox;
+  if (rows <= 8) {
+    if (slabs <= 9 && tiles > sms)  // 1 x 49152 x 576: 13.4 us, with two blocks on an SM 13.9
+      if (auto plan = lay_out(a, {kLightKernel, 9, copy, 3 * sms, kRingOfThree, kThirdShared})) return plan;
+    if (by_rows && slabs == 32)
+      if (auto plan = lay_out(a, {kLightKernel, 16, copy, sms, kRingOfOne, kMostShared})) return plan;
+  }
+  for (int i = 0; i < kFewRowsKernelCount; ++i) {  // the first that fits
     const FewRowsKernel& kernel = kFewRowsKernels[i];
-    if (rows > 8 * kernel.groups || (kernel.small_only && !small) ||
+    if (i == kLightKernel || rows > 8 * kernel.groups ||
         (kernel.input == InputPlace::kRegisters && slabs > kernel.steps * kernel.warps))
       continue;
     const auto most_warps = static_cast<uint32_t>(kernel.warps);
+    const uint32_t pairs = 2 * sms / 64 * 64;  // 256 blocks for 132 SMs: 1 to 4% faster than 264
     if (tiles > sms && kernel.blocks > 1)
-      if (auto plan = lay_out(a, {i, most_warps, copy, 2 * sms, kRingOfTwo, kHalfShared})) return plan;
-    if (auto plan = lay_out(a, {i, most_warps, copy, sms, ring, kMostShared})) return plan;
+      if (auto plan = lay_out(a, {i, most_warps, copy, pairs, kRingOfTwo, kHalfShared})) return plan;
+    const bool deep = kernel.input == InputPlace::kShared && slabs * kSlabBytes > kRingOfOne;
+    if (auto plan = lay_out(a, {i, most_warps, copy, sms, deep ? kRingOfDeep : kRingOfOne, kMostShared})) return plan;
   }
   return {};
 }

@@ -20,16 +20,15 @@ struct FewRowsKernel {
   int groups;
   InputPlace input;
   int steps;
-  int warps;        // at most
-  int blocks;       // on an SM at least, by their registers
-  bool small_only;  // for weights that are all in flight at once
+  int warps;   // at most
+  int blocks;  // on an SM at least, by their registers
 };
 inline constexpr FewRowsKernel kFewRowsKernels[] = {
-    {1, InputPlace::kRegisters, 2, 16, 2, true}, {1, InputPlace::kRegisters, 4, 9, 2, false},
-    {1, InputPlace::kShared, 1, 9, 2, false},    {2, InputPlace::kRegisters, 2, 12, 2, false},
-    {2, InputPlace::kRegisters, 4, 8, 2, false}, {2, InputPlace::kStreamed, 4, 8, 1, false},
-    {4, InputPlace::kShared, 1, 9, 2, false},    {8, InputPlace::kShared, 1, 9, 1, false},
+    {1, InputPlace::kRegisters, 2, 16, 2}, {1, InputPlace::kRegisters, 4, 9, 2}, {1, InputPlace::kShared, 1, 9, 2},
+    {2, InputPlace::kRegisters, 2, 12, 2}, {2, InputPlace::kRegisters, 4, 8, 2}, {2, InputPlace::kStreamed, 4, 8, 1},
+    {4, InputPlace::kShared, 1, 9, 2},     {8, InputPlace::kShared, 1, 9, 1},
 };
+inline constexpr int kLightKernel = 0;  // of few registers, up to 16 warps
 inline constexpr int kFewRowsKernelCount = sizeof(kFewRowsKernels) / sizeof(FewRowsKernel);
 
 // How a granule of weights is fetched.
