@@ -11,8 +11,6 @@
 
 namespace kestrel {
 
-constexpr int kHeadLoads = 4;  // where there is work for all SMs, else 1: few heads are spread over many warps
-
 // One tensor's heads: a range of blocks of kHeadThreads threads.
 constexpr int kHeadThreads = 128;
 template <class T>
@@ -81,9 +79,10 @@ class HeadLane {
   uint32_t heads_, per_load_, slot_, base_;
 };
 
-// Is there work for all SMs with kHeadLoads vectors a lane? A warp's heads must not be more than its lanes.
-inline bool many_heads(int64_t vectors_per_head, int64_t vectors) {
-  return vectors_per_head >= kHeadLoads && vectors > 65536;
+// Is there work for all SMs with several loads a lane? If not, few heads are spread over many warps, a load in each. A
+// warp's heads must not be more than its lanes.
+inline bool many_heads(int loads, int64_t vectors_per_head, int64_t vectors) {
+  return vectors_per_head >= loads && vectors > 65536;
 }
 
 }  // namespace kestrel

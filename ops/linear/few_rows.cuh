@@ -1,4 +1,4 @@
-// out = activation(x w^T + b) + residual at 1 to 64 rows; weight_stream.cuh has the main loop. A block takes a tile of
+// out = activation(x w^T + b) + residual at 1 to 16 rows; weight_stream.cuh has the main loop. A block takes a tile of
 // 16 outputs after another (of a gate 8 of the first half and the 8 of the second that belong to them), the whole depth
 // of each. One wave of blocks. Bound by the weights' bytes; where these are few, by the latency of x after the wait.
 #pragma once
@@ -109,19 +109,19 @@ __device__ __forceinline__ void stage_residual(const FewRowsArgs<T>& args, uint3
   }
 }
 
-// The outputs of the block's tile number `count` for x's rows from `first_row` on, of which `rows` are kept.
+// The outputs of the block's tile number `count`.
 template <bool kPlain, int kMostWarps, class T>
 __device__ __forceinline__ void finish_tile(const FewRowsArgs<T>& args, const unsigned char* memory,
-                                            const float* partial, uint32_t count, uint32_t first_row, uint32_t rows) {
+                                            const float* partial, uint32_t count) {
   const FewRowsPlan& plan = args.plan;
   const bool gate = has_gate<kPlain>(args), staged = count < plan.staged_tiles;
   const uint32_t bits = width_bits<kPlain>(args), width = 1 << bits, first = (blockIdx.x + count * gridDim.x) << bits;
-  for (uint32_t i = threadIdx.x; i < rows << bits; i += plan.warps * kWarp) {
-    const uint32_t kept = i >> bits, output = i % width, row = first_row + kept, column = first + output;
-    if (row >= args.rows || column >= args.columns) continue;
-    const float* const sums = partial + kept * kPartialPitch + output;
-    float a = sum_partial<kMostWarps>(sums, plan.warps, rows * kPartialPitch), g = 0;
-    if (gate) g = sum_partial<kMostWarps>(sums + 8, plan.warps, rows * kPartialPitch);
+  for (uint32_t i = threadIdx.x; i < args.rows << bits; i += plan.warps * kWarp) {
+    const uint32_t row = i >> bits, output = i % width, column = first + output;
+    if (column >= args.columns) continue;
+    const float* const sums = partial + row * kPartialPitch + output;
+    float a = sum_partial<kMostWarps>(sums, plan.warps, args.rows * kPartialPitch), g = 0;
+    if (gate) g = sum_partial<kMostWarps>(sums + 8, plan.warps, args.rows * kPartialPitch);
     if (args.bias) {
       if (staged) {
         const T* const bias = reinterpret_cast<const T*>(memory + plan.bias_at) + count * kTileRows + output;
@@ -167,8 +167,7 @@ __global__ void __launch_bounds__((kFewRowsKernels[kKernel].warps + 1) * kWarp, 
   constexpr FewRowsKernel kThis = kFewRowsKernels[kKernel];
   constexpr int kGroups = kThis.groups, kSteps = kThis.steps, kMostWarps = kThis.warps;
   constexpr InputPlace kInput = kThis.input;
-  constexpr int kChains = kGroups == 1 ? 2 : 1;    // of sums: more rows hide the latency of mma by themselves
-  constexpr int kTogether = kGroups == 1 ? 1 : 2;  // groups whose sums are in shared memory at a time
+  constexpr int kChains = kGroups == 1 ? 2 : 1;  // of sums: more rows hide the latency of mma by themselves
   release_successor();  // the next product fills its ring meanwhile; nothing may be assumed complete before a wait
   extern __shared__ unsigned char unaligned[];
   const uint32_t base = (shared_address(unaligned) + 1023) & ~1023u;
@@ -218,8 +217,7 @@ __global__ void __launch_bounds__((kFewRowsKernels[kKernel].warps + 1) * kWarp, 
     sync_threads(1, plan.warps * kWarp);
   }
 
-  const uint32_t kept_rows = min(args.rows, kTogether * 8);
-  const uint32_t partial_size = plan.warps * kept_rows * kPartialPitch;
+  const uint32_t partial_size = plan.warps * args.rows * kPartialPitch;
   float* partial = reinterpret_cast<float*>(memory + plan.partial_at);
   float* other_partial = partial + partial_size;
   for (uint32_t count = 0; blockIdx.x + count * gridDim.x < plan.tiles; ++count) {
@@ -256,15 +254,12 @@ __global__ void __launch_bounds__((kFewRowsKernels[kKernel].warps + 1) * kWarp, 
       for (int i = 0; i < 4; ++i) sums[0][0][i] += sums[1][0][i];
 
 #pragma unroll
-    for (int pass = 0; pass < kGroups; pass += kTogether) {
-#pragma unroll
-      for (int n = 0; n < kTogether; ++n)
-        store_partial(partial + warp * kept_rows * kPartialPitch, sums[0][pass + n], n * 8, kept_rows);
-      if (count == 0 && pass == 0) wait_copies();
-      sync_threads(1, plan.warps * kWarp);
-      finish_tile<kPlain, kMostWarps>(args, memory, partial, count, pass * 8, kept_rows);
-      std::swap(partial, other_partial);  // free again: its readers came to the barrier above after they had read it
-    }
+    for (int n = 0; n < kGroups; ++n)
+      store_partial(partial + warp * args.rows * kPartialPitch, sums[0][n], n * 8, args.rows);
+    if (count == 0) wait_copies();
+    sync_threads(1, plan.warps * kWarp);
+    finish_tile<kPlain, kMostWarps>(args, memory, partial, count);
+    std::swap(partial, other_partial);  // free again: its readers came to the barrier above after they had read it
   }
 #endif
 }

@@ -2,7 +2,7 @@
 
 Arrays are bf16, fp16 or fp32, all of one dtype; any M, N, K, zero too; rows of any stride, the last dimension
 contiguous. Sums, bias, activation and residual are fp32, rounded once. A row's result does not depend on what the other
-rows hold; on CUDA its last bits may depend on how many rows there are: up to 64 a kernel streams the weights, above the
+rows hold; on CUDA its last bits may depend on how many rows there are: up to 16 a kernel streams the weights, above the
 products are cuBLASLt's. `out` may be `residual` and must share no memory with the other arguments.
 
 w and b are weights. On CUDA a call may read them while the op before it on the stream still runs, so they must not be
