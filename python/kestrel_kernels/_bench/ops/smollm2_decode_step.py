@@ -18,7 +18,7 @@ class SmolLM2DecodeStep(Entry):
     """One token through SmolLM2-135M, from its id to the next one's: the calls of the demo on random weights."""
 
     op = "smollm2_decode_step"
-    pattern = "b1"
+    pattern = r"b(?P<batch>1)"
     function = "flash_attn.cute.flash_attn_with_kvcache"
     outputs = "logits"
     tolerance = 6e-2  # 30 layers with eight roundings to bf16 each; PyTorch's bf16 is off by 3 to 5e-2
