@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--peers",
         choices=("auto", "all", "eager", "none"),
         default="auto",
-        help="eager: torch; all: torch.compile and the libraries found too; auto: all on CUDA, eager on a CPU",
+        help="eager: torch and the libraries found; all: torch.compile too; auto: all on CUDA, eager on a CPU",
     )
     parser.add_argument(
         "--large", action="store_true", help="on a CPU, run the cases of more than 20 GFLOP or 250 MB too"

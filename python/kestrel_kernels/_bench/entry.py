@@ -77,6 +77,7 @@ class Entry:
     products: ClassVar[str] = ""  # "bf16" or "fp8" where matrix units do the work: the floor then counts operations
     small: ClassVar[tuple[str, ...]] = ()  # further cases, tiny and odd, for the tests and the sanitizer
     bare: ClassVar[tuple[str, ...]] = ()  # peers that do the op's products alone: timed beside it, but no rivals
+    compiles: ClassVar[bool] = True  # False where torch.compile takes minutes for `eager`
     host_case: ClassVar[str] = ""  # the case whose cost on the caller's thread is measured too
 
     def __init__(self, case: str) -> None:

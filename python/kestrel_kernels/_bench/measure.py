@@ -109,11 +109,10 @@ def _peers(entry: Entry, which: str) -> dict[str, Peer]:
     if which == "none":
         return {}
     found: dict[str, Peer] = {"torch": entry.eager}
-    if which == "all":
+    if which == "all" and entry.compiles:
         torch.compiler.reset()  # each case compiles for its own shapes, and no limit of recompilations is met
         found["torch.compile"] = _compiled(entry)
-        found |= entry.peers()
-    return found
+    return found | dict(entry.peers())
 
 
 def _compiled(entry: Entry) -> Peer:

@@ -21,6 +21,7 @@ class SmolLM2DecodeStep(Entry):
     pattern = r"b(?P<batch>1)"
     function = "flash_attn.cute.flash_attn_with_kvcache"
     outputs = "logits"
+    compiles = False
     tolerance = 6e-2  # 30 layers with eight roundings to bf16 each; PyTorch's bf16 is off by 3 to 5e-2
 
     keys = 128  # this token's included
