@@ -19,7 +19,7 @@ Array = Any  # torch.Tensor, numpy.ndarray, jax.Array, cupy.ndarray, or any othe
 ArrayT = TypeVar("ArrayT")
 
 _SCALARS = frozenset({int, float, bool, str, type(None)})
-_direct = _SCALARS  # types that go straight through: with tvm_ffi.Tensor, from the first call on
+_direct = _SCALARS  # types that go straight through: with tvm_ffi.Tensor and torch's, from the first call on
 _torch_types: frozenset[type] = frozenset()  # filled on the first call, which imports torch where there is one
 _ops: dict[str, Op] = {}
 
@@ -43,23 +43,20 @@ class Op:
             return
         function = self._function or self._bind()
         for arg in args:
-            kind = type(arg)
-            if kind in _torch_types:
-                if arg.requires_grad and sys.modules["torch"].is_grad_enabled():
-                    break
-            elif kind not in _direct:
+            if type(arg) not in _direct:
                 break
         else:
-            function(*args)
-            return
+            if not _grad_enabled() or not _requires_grad(args):
+                function(*args)
+                return
         self._call_converted(function, args)
 
     def _bind(self) -> Callable[..., None]:
         global _direct
         self._function = function = getattr(_library.load(), self.name)
-        _direct = _SCALARS | {sys.modules["tvm_ffi"].Tensor}
         if torch := sys.modules.get("torch"):
             _know_torch(torch)
+        _direct = _SCALARS | {sys.modules["tvm_ffi"].Tensor} | _torch_types
         return function
 
     def _call_converted(self, function: Callable[..., None], args: Sequence[Any]) -> None:
@@ -90,11 +87,24 @@ def _in_graph() -> bool:
     return False
 
 
+def _grad_enabled() -> bool:
+    """Torch's, where that is known."""
+    return False
+
+
+def _requires_grad(args: Sequence[Any]) -> bool:
+    for arg in args:  # noqa: SIM110 (any() takes longer)
+        if type(arg) in _torch_types and arg.requires_grad:
+            return True
+    return False
+
+
 def _know_torch(torch: Any) -> None:
-    global _in_graph, _operator_types, _torch_types
+    global _grad_enabled, _in_graph, _operator_types, _torch_types
     if _torch_types:
         return
     _torch_types = frozenset({torch.Tensor, torch.nn.Parameter})
+    _grad_enabled = torch.is_grad_enabled
     _in_graph = torch.compiler.is_dynamo_compiling
     # Called while a graph is traced, not in the graph.
     _operator_types = torch.compiler.assume_constant_result(_operator_types)
