@@ -17,6 +17,7 @@ import tvm_ffi
 from kestrel_kernels._demo.device import Block
 from kestrel_kernels._demo.meter import Call, Program, Roof
 from kestrel_kernels._op import as_tensor
+from kestrel_kernels.activation import silu_and_mul_into
 from kestrel_kernels.fused_linear_residual_ops import WORKSPACE_BYTES, linear_into
 
 _BITS = {np.dtype(ml_dtypes.bfloat16): np.uint16, np.dtype(ml_dtypes.float8_e4m3fn): np.uint8}
@@ -34,6 +35,11 @@ class Cuda:
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.workspace = as_tensor(cupy.empty(WORKSPACE_BYTES, cupy.uint8))
         self.block = partial(_PinnedBlock, self)
+
+    def try_kernel(self) -> None:
+        """RuntimeError where the GPU does not run the library's kernels."""
+        x = self.tensor(self.put(np.ones((1, 8), np.float32)))
+        self.capture([partial(silu_and_mul_into, self.tensor(self.put(np.ones((1, 4), np.float32))), x)])
 
     def put(self, array: np.ndarray) -> cupy.ndarray:
         copy = cupy.empty(array.shape, _BITS.get(array.dtype, array.dtype))

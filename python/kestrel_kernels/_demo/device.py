@@ -104,11 +104,15 @@ def open_device(name: str) -> Any:
         try:
             from kestrel_kernels._demo.cuda import Cuda
 
-            return Cuda()
+            device = Cuda()
+            device.try_kernel()
+            return device
         except ModuleNotFoundError as error:
             if error.name != "cupy":
                 raise
             problem = "the GPU needs the package cupy: pip install 'kestrel-kernels[demo-gpu]'"
+        except RuntimeError as error:  # another architecture, an old driver
+            problem = str(error).splitlines()[0]
     if name == "cuda":
         raise DemoError(f"--device cuda: {problem}")
     if gpus:
