@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +380,13 @@ def test_device(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert status == 2 and err.endswith("needs the package cupy: pip install 'kestrel-kernels[demo-gpu]'\n")
     status, _, err = run(*demo, "auto")
     assert status == 0 and err.startswith("kestrel-kernels demo: on the CPU: the GPU needs the package cupy")
+
+    class Unfit:
+        def try_kernel(self) -> None:
+            raise RuntimeError("no kernel image is available\nat all")
+
+    monkeypatch.setitem(sys.modules, "kestrel_kernels._demo.cuda", types.SimpleNamespace(Cuda=Unfit))
+    assert run(*demo, "cuda") == (2, "", "kestrel-kernels demo: --device cuda: no kernel image is available\n")
 
 
 @pytest.mark.parametrize(
