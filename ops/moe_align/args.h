@@ -6,8 +6,8 @@
 namespace kestrel {
 
 inline constexpr int64_t kMaxExperts = 1024;
-inline constexpr int64_t kAlignInBlock = 8192;  // assignments that one block of threads sorts, without a workspace
-inline constexpr int64_t kAlignChunks = 128;    // above: pieces of them, each counted, then placed, by a block
+inline constexpr int64_t kAlignInOne = 8192;  // assignments that one kernel sorts, without a workspace
+inline constexpr int64_t kAlignChunks = 128;  // above: pieces of them, each counted, then placed, by a block
 
 struct MoeAlignArgs {
   int32_t* sorted;

@@ -104,7 +104,7 @@ void run(Contract& c, Stream stream, const Outputs& out, const std::optional<Ten
 }  // namespace
 
 int64_t moe_align_workspace_bytes(int64_t assignments, int64_t num_experts, int64_t max_loras) {
-  if (assignments <= kAlignInBlock) return 0;
+  if (assignments <= kAlignInOne) return 0;
   return kAlignChunks * num_experts * max_loras * static_cast<int64_t>(sizeof(uint32_t));
 }
 

@@ -1,9 +1,9 @@
 // Counting sort by expert, stable: an assignment's place is that of its group, plus those of its expert in warps before
 // its own, plus those before it in its warp (ballots over the bits of the id). Counts are packed, two experts to a
-// word; one thread adds up the warps' counts of a pair. No atomics decide a place: they only add integers. Up to 8192
+// word; one thread adds up the warps' counts of a pair. No atomics decide a place: they only add integers. Up to 1024
 // assignments one block does all, above 256 of them in shared memory first: scattered stores leave an SM one at a time.
-// More: one kernel counts 128 pieces, the second places them. Few assignments are bound by latency, many by the
-// scattered stores. A LoRA is a row of the grid.
+// Up to 8192 each block of 512 counts all of them itself; beyond, a kernel before it counts 128 pieces. Few assignments
+// are bound by latency, many by instructions and scattered stores. A LoRA is a row of the grid.
 #include <algorithm>
 
 #include "kestrel/hopper/divide.cuh"
@@ -17,7 +17,9 @@ namespace {
 
 constexpr int kThreads = 1024;  // at most
 constexpr uint32_t kNone = ~0u;
+constexpr int64_t kInOneBlock = 1024, kUnstaged = 256;  // assignments
 constexpr int64_t kStagedBytes = 128 * 1024;
+constexpr int64_t kRecountChunk = 512;
 constexpr int64_t kSpareBlock = 16384;  // elements behind the last place that one more block fills
 
 // A group: its first block, and the id that expert_ids gets, negative where the expert lives elsewhere.
@@ -125,7 +127,7 @@ __device__ __forceinline__ uint32_t sum_up_to_lane(uint32_t value) {
   return value;
 }
 
-// By all threads of the block; consecutive ones write consecutive places.
+// By all threads of the block; consecutive ones write consecutive places. Nothing where count is negative.
 __device__ __forceinline__ void fill(int32_t* out, int64_t count, int32_t value) {
   const int64_t to_16 = -(reinterpret_cast<uintptr_t>(out) / 4) & 3, head = to_16 < count ? to_16 : count;
   const int64_t vectors = (count - head) / 4;
@@ -155,14 +157,13 @@ struct BlockArgs {
   Routing routing;
   Outputs out;
   int64_t most, own, own_blocks;  // places that may be taken; elements of the outputs that the first block fills
-  int rounds, pairs;              // pairs of experts, a multiple of 4
+  int64_t share, share_blocks;    // of those behind them, for each further block
+  int pairs;                      // of experts, a multiple of 4
 };
 
-// Warp w takes assignments [w * rounds * 32, ...), 32 a round.
-template <int kRounds, int kBits, bool kStaged, bool kLora>
-__global__ void __launch_bounds__(kRounds == 1 ? 256 : kThreads)
-    align_block_kernel(const __grid_constant__ BlockArgs args) {
-  constexpr int kMaxWarps = kRounds == 1 ? 8 : 32;
+// A thread has one assignment.
+template <int kMaxWarps, int kBits, bool kStaged, bool kLora>
+__global__ void __launch_bounds__(kMaxWarps* kWarp) align_block_kernel(const __grid_constant__ BlockArgs args) {
   extern __shared__ __align__(16) uint32_t memory[];
   const Routing& routing = args.routing;
   const Outputs& out = args.out;
@@ -171,35 +172,27 @@ __global__ void __launch_bounds__(kRounds == 1 ? 256 : kThreads)
   const auto sentinel = static_cast<int32_t>(routing.assignments);
   int32_t* sorted = out.sorted + lora * out.sorted_stride;
   int32_t* expert_ids = out.expert_ids + lora * out.expert_ids_stride;
-  if (blockIdx.x > 0) {  // outputs longer than need be: what lies behind every place that may be taken
+  if (blockIdx.x > 0) [[unlikely]] {  // outputs longer than need be: what lies behind every place that may be taken
     wait_for_predecessor();
     release_successor();
-    const int64_t blocks = gridDim.x - 1, block = blockIdx.x - 1;
-    const auto fill_share = [&](int32_t* list, int64_t first, int64_t last, int32_t value) {
-      const int64_t share = (last - first + blocks - 1) / blocks;
-      const int64_t begin = first + block * share;
-      if (begin < last) fill(list + begin, last - begin < share ? last - begin : share, value);
-    };
-    fill_share(sorted, args.own, out.sorted_size, sentinel);
-    fill_share(expert_ids, args.own_blocks, out.expert_ids_size, 0);
+    const int64_t first = args.own + (blockIdx.x - 1) * args.share;
+    fill(sorted + first, min(args.share, out.sorted_size - first), sentinel);
+    const int64_t first_block = args.own_blocks + (blockIdx.x - 1) * args.share_blocks;
+    fill(expert_ids + first_block, min(args.share_blocks, out.expert_ids_size - first_block), 0);
     return;
   }
   const Shared shared(memory, args.pairs, warps);
   uint32_t* counts = shared.counts + warp * args.pairs;
+#pragma unroll 1
   for (int pair = lane; pair < args.pairs; pair += kWarp) counts[pair] = 0;
   auto* staged = reinterpret_cast<int32_t*>(shared.rest);
   if constexpr (kStaged) fill(staged, args.most, sentinel);
+  uint32_t expert = kNone;
+  const bool has_one = threadIdx.x < routing.assignments;
   wait_for_predecessor();
   release_successor();
 
-  uint32_t experts[kRounds];  // later the rank in the warp, too, in the upper half
-  const uint32_t first = warp * args.rounds * kWarp + lane;
-#pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    const uint32_t assignment = first + r * kWarp;
-    experts[r] = kNone;
-    if (r < args.rounds && assignment < routing.assignments) experts[r] = routing.template id<kLora>(assignment, lora);
-  }
+  if (has_one) expert = routing.template id<kLora>(threadIdx.x, lora);
   const int pair = threadIdx.x, pair_warps = (args.pairs + kWarp - 1) / kWarp;
   int32_t locals[2] = {routing.local(2 * pair), routing.local(2 * pair + 1)};
   if constexpr (kStaged)
@@ -210,21 +203,9 @@ __global__ void __launch_bounds__(kRounds == 1 ? 256 : kThreads)
 
   __syncwarp();
   auto* mine = reinterpret_cast<uint16_t*>(counts);  // by expert
-#pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    if (r >= args.rounds) break;
-    const uint32_t expert = experts[r] = routing.expert(experts[r]);
-    const uint32_t peers = peers_of<kBits>(expert), before = __popc(peers & lanes_before());
-    const bool taken = expert != kNone;
-    uint32_t earlier = 0;
-    if constexpr (kRounds > 1) {
-      if (taken) earlier = mine[expert];
-      __syncwarp();
-    }
-    if (taken && before == 0) mine[expert] = static_cast<uint16_t>(earlier + __popc(peers));
-    if constexpr (kRounds > 1) __syncwarp();
-    if (taken) experts[r] |= (before + earlier) << 16;
-  }
+  expert = routing.expert(expert);
+  const uint32_t peers = peers_of<kBits>(expert), rank = __popc(peers & lanes_before());
+  if (expert != kNone && rank == 0) mine[expert] = static_cast<uint16_t>(__popc(peers));
   __syncthreads();
 
   uint32_t blocks[2] = {}, up_to = 0;
@@ -249,13 +230,9 @@ __global__ void __launch_bounds__(kRounds == 1 ? 256 : kThreads)
   }
   __syncthreads();
 
-#pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    if (r >= args.rounds || experts[r] == kNone) continue;
-    const uint32_t expert = experts[r] & 0xffff;
+  if (expert != kNone) {
     const Group group = shared.groups[expert];
-    if (group.local < 0) continue;
-    out.place(kStaged ? staged : sorted, expert_ids, group, mine[expert] + (experts[r] >> 16), first + r * kWarp);
+    if (group.local >= 0) out.place(kStaged ? staged : sorted, expert_ids, group, mine[expert] + rank, threadIdx.x);
   }
   if constexpr (kStaged) {
     __syncthreads();
@@ -275,6 +252,7 @@ struct ChunkArgs {
   Outputs out;
   uint32_t* counts;  // [loras, chunks, experts]
   uint32_t chunk;    // assignments of a block of threads
+  uint32_t pairs;    // of experts, a multiple of 4
 };
 
 __global__ void __launch_bounds__(kThreads) align_count_kernel(const __grid_constant__ ChunkArgs args) {
@@ -295,62 +273,87 @@ __global__ void __launch_bounds__(kThreads) align_count_kernel(const __grid_cons
     args.counts[(uint64_t{lora} * gridDim.x + blockIdx.x) * experts + threadIdx.x] = counts[threadIdx.x];
 }
 
-// Each block adds up the counts of all chunks itself, then places its chunk, 1024 assignments at a time; padding and
-// what lies behind the last group are shared out among the blocks.
+// Each block adds up the counts of all chunks itself, or (kRecount) counts all assignments; then it places its chunk,
+// 1024 of them at a time. Padding and what lies behind the last group are shared out among the blocks.
+template <bool kRecount>
 __global__ void __launch_bounds__(kThreads) align_place_kernel(const __grid_constant__ ChunkArgs args) {
-  constexpr int kWarps = kThreads / kWarp, kPairs = kMaxExperts / 2;
+  constexpr int kWarps = kThreads / kWarp;
   extern __shared__ __align__(16) uint32_t memory[];
   const Routing& routing = args.routing;
   const Outputs& out = args.out;
   const uint32_t lora = blockIdx.y, chunk = blockIdx.x, chunks = gridDim.x, experts = routing.experts;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, expert_warps = (experts + kWarp - 1) / kWarp;
   const auto sentinel = static_cast<int32_t>(routing.assignments);
   int32_t* sorted = out.sorted + lora * out.sorted_stride;
   int32_t* expert_ids = out.expert_ids + lora * out.expert_ids_stride;
-  const Shared shared(memory, kPairs, kWarps);
-  uint32_t* earlier = shared.rest;           // by expert: assignments in chunks and tiles before this one
-  uint32_t* totals = earlier + kMaxExperts;  // by expert: in all chunks
-  uint32_t* counts = shared.counts + warp * kPairs;
-  for (int pair = lane; pair < kPairs; pair += kWarp) counts[pair] = 0;
-  earlier[threadIdx.x] = 0;
-  totals[threadIdx.x] = 0;
+  const Shared shared(memory, args.pairs, kWarps);
+  uint32_t* earlier = shared.rest;              // by expert: assignments in chunks and tiles before this one
+  uint32_t* totals = earlier + 2 * args.pairs;  // by expert: first those of this chunk and later ones, then all
+  uint32_t* counts = shared.counts + warp * args.pairs;
+#pragma unroll 1
+  for (uint32_t pair = lane; pair < args.pairs; pair += kWarp) counts[pair] = 0;
+  if (threadIdx.x < 2 * args.pairs) {
+    earlier[threadIdx.x] = 0;
+    totals[threadIdx.x] = 0;
+  }
+  const uint32_t begin = chunk * args.chunk, last = min(begin + args.chunk, routing.assignments);
   __syncthreads();
   wait_for_predecessor();
   release_successor();
 
-  uint32_t width = kWarp;  // threads side by side on the experts of a chunk
-  while (width < experts) width *= 2;
-  const uint32_t column = threadIdx.x & (width - 1);
-  if (column < experts) {
-    const uint32_t* of_lora = args.counts + uint64_t{lora} * chunks * experts + column;
-    uint32_t before = 0, all = 0;
-#pragma unroll 8
-    for (uint32_t c = threadIdx.x / width; c < chunks; c += kThreads / width) {
-      const uint32_t count = of_lora[c * experts];
-      all += count;
-      before += c < chunk ? count : 0;
+  const int32_t local = routing.local(threadIdx.x);
+  if constexpr (kRecount) {
+    constexpr int kEach = kAlignInOne / kThreads;
+    uint32_t ids[kEach];
+#pragma unroll
+    for (int r = 0; r < kEach; ++r) {
+      const uint32_t assignment = threadIdx.x + r * kThreads;
+      ids[r] = assignment < routing.assignments ? routing.id<true>(assignment, lora) : kNone;
     }
-    atomicAdd(&totals[column], all);
-    atomicAdd(&earlier[column], before);
+#pragma unroll
+    for (int r = 0; r < kEach; ++r)
+      if (routing.expert(ids[r]) != kNone)
+        atomicAdd((threadIdx.x + r * kThreads < begin ? earlier : totals) + ids[r], 1);
+  } else {
+    uint32_t width = kWarp;  // threads side by side on the experts of a chunk
+    while (width < experts) width *= 2;
+    const uint32_t column = threadIdx.x & (width - 1);
+    if (column < experts) {
+      const uint32_t* of_lora = args.counts + uint64_t{lora} * chunks * experts + column;
+      uint32_t before = 0, after = 0;
+#pragma unroll 8
+      for (uint32_t c = threadIdx.x / width; c < chunks; c += kThreads / width) {
+        const uint32_t count = of_lora[c * experts];
+        before += c < chunk ? count : 0;
+        after += c < chunk ? 0 : count;
+      }
+      atomicAdd(&earlier[column], before);
+      atomicAdd(&totals[column], after);
+    }
   }
   __syncthreads();
-  const int32_t local = routing.local(threadIdx.x);
-  const uint32_t blocks = local < 0 ? 0 : out.blocks(totals[threadIdx.x]);
-  uint32_t up_to = sum_up_to_lane(blocks);
-  if (lane == kWarp - 1) shared.sums[warp] = up_to;
+  uint32_t blocks = 0, up_to = 0;
+  if (warp < expert_warps) {
+    if (threadIdx.x < experts) {
+      totals[threadIdx.x] += earlier[threadIdx.x];
+      if (local >= 0) blocks = out.blocks(totals[threadIdx.x]);
+    }
+    up_to = sum_up_to_lane(blocks);
+    if (lane == kWarp - 1) shared.sums[warp] = up_to;
+  }
   __syncthreads();
-  up_to += __reduce_add_sync(~0u, lane < warp ? shared.sums[lane] : 0);
-  const uint32_t all_blocks = __reduce_add_sync(~0u, shared.sums[lane]);
-  shared.groups[threadIdx.x] = {up_to - blocks, local};
+  const uint32_t sums = lane < expert_warps ? shared.sums[lane] : 0, all_blocks = __reduce_add_sync(~0u, sums);
+  up_to += __reduce_add_sync(~0u, lane < warp ? sums : 0);
+  if (threadIdx.x < experts) shared.groups[threadIdx.x] = {up_to - blocks, local};
   if (chunk == 0 && threadIdx.x == 0) out.write_total(lora, all_blocks);
   __syncthreads();
 
   for (uint32_t e = chunk + warp * chunks; e < experts; e += chunks * kWarps) {
     const Group group = shared.groups[e];
     if (group.local < 0) continue;
-    const int64_t begin = int64_t{group.first} * out.block_size;
-    const int64_t end = begin + int64_t{out.blocks(totals[e])} * out.block_size;
-    for (int64_t i = begin + totals[e] + lane; i < end; i += kWarp) sorted[i] = sentinel;
+    const int64_t start = int64_t{group.first} * out.block_size;
+    const int64_t end = start + int64_t{out.blocks(totals[e])} * out.block_size;
+    for (int64_t i = start + totals[e] + lane; i < end; i += kWarp) sorted[i] = sentinel;
   }
   const int64_t thread = int64_t{chunk} * kThreads + threadIdx.x, threads = int64_t{chunks} * kThreads;
   for (int64_t i = int64_t{all_blocks} * out.block_size + thread; i < out.sorted_size; i += threads)
@@ -358,60 +361,57 @@ __global__ void __launch_bounds__(kThreads) align_place_kernel(const __grid_cons
   for (int64_t i = all_blocks + thread; i < out.expert_ids_size; i += threads) expert_ids[i] = 0;
 
   auto* mine = reinterpret_cast<uint16_t*>(counts);
-  const uint32_t last = min((chunk + 1) * args.chunk, routing.assignments);
-  for (uint32_t tile = chunk * args.chunk; tile < last; tile += kThreads) {
+  for (uint32_t tile = begin; tile < last; tile += kThreads) {
     const uint32_t assignment = tile + threadIdx.x;
     const uint32_t expert = assignment < last ? routing.expert(routing.id<true>(assignment, lora)) : kNone;
     const uint32_t peers = peers_of<10>(expert), rank = __popc(peers & lanes_before());
     if (expert != kNone && rank == 0) mine[expert] = static_cast<uint16_t>(__popc(peers));
     __syncthreads();
     uint32_t both = 0;
-    if (threadIdx.x < kPairs) both = add_up_warps<kWarps>(shared.counts + threadIdx.x, kPairs, kWarps);
+    if (threadIdx.x < args.pairs)
+      both = add_up_warps<kWarps>(shared.counts + threadIdx.x, static_cast<int>(args.pairs), kWarps);
     __syncthreads();
     if (expert != kNone) {
       const Group group = shared.groups[expert];
       if (group.local >= 0) out.place(sorted, expert_ids, group, earlier[expert] + mine[expert] + rank, assignment);
     }
     __syncthreads();
-    if (threadIdx.x < kPairs) {
+    if (threadIdx.x < args.pairs) {
       earlier[2 * threadIdx.x] += both & 0xffff;
       earlier[2 * threadIdx.x + 1] += both >> 16;
     }
-    for (int pair = lane; pair < kPairs; pair += kWarp) counts[pair] = 0;
+    for (uint32_t pair = lane; pair < args.pairs; pair += kWarp) counts[pair] = 0;
     __syncwarp();
   }
 }
 
-template <int kRounds, bool kStaged, bool kLora>
-void run_block(Stream stream, const BlockArgs& args, const LaunchShape& shape) {
-  if (!kLora && args.routing.experts <= 64)
-    launch<align_block_kernel<kRounds, 6, kStaged, kLora>>(stream, shape, args);
-  else
-    launch<align_block_kernel<kRounds, 10, kStaged, kLora>>(stream, shape, args);
-}
+int pairs_of(int64_t experts) { return static_cast<int>(ceil_div(experts, 8) * 4); }
 
 void align_in_block(Stream stream, const MoeAlignArgs& a, const Routing& routing, const Outputs& out) {
-  BlockArgs args{routing, out, a.most, a.sorted_size, a.expert_ids_size, 1, 0};
-  const int64_t spare = a.sorted_size - a.most + a.expert_ids_size - a.most / a.block_size;
+  const int pairs = pairs_of(a.experts);
+  BlockArgs args{routing, out, a.most, a.sorted_size, a.expert_ids_size, 0, 0, pairs};
   LaunchShape shape{1, 0, static_cast<int>(a.loras)};
-  if (spare >= kSpareBlock) {
-    shape.blocks += std::min<int64_t>(spare / kSpareBlock, 128);
+  const int64_t most_blocks = a.most / a.block_size;
+  const int64_t spare = a.sorted_size - a.most, spare_blocks = a.expert_ids_size - most_blocks;
+  if (const int64_t further = std::min<int64_t>((spare + spare_blocks) / kSpareBlock, 128); further > 0) {
+    shape.blocks += further;
     args.own = a.most;
-    args.own_blocks = a.most / a.block_size;
+    args.own_blocks = most_blocks;
+    args.share = ceil_div(spare, further);
+    args.share_blocks = ceil_div(spare_blocks, further);
   }
-  args.pairs = static_cast<int>(ceil_div(a.experts, 8) * 4);
-  const bool one_round = a.assignments <= 256 && a.experts <= 512 && !a.lora_of;
-  const int64_t wanted = std::max({a.assignments, int64_t{args.pairs}, int64_t{128}});
-  shape.threads = static_cast<int>(std::min<int64_t>(ceil_div(wanted, kWarp) * kWarp, kThreads));
-  args.rounds = std::max(1, static_cast<int>(ceil_div(a.assignments, shape.threads)));
-  const bool staged = !one_round && a.assignments > 256 && a.most <= kStagedBytes / 4;
-  shape.shared_bytes = shared_bytes(args.pairs, shape.threads / kWarp, staged ? a.most : 0);
-  if (one_round)
-    run_block<1, false, false>(stream, args, shape);
-  else if (a.lora_of)
-    staged ? run_block<8, true, true>(stream, args, shape) : run_block<8, false, true>(stream, args, shape);
+  const int64_t wanted = std::max({a.assignments, int64_t{pairs}, int64_t{128}});
+  shape.threads = static_cast<int>(ceil_div(wanted, kWarp) * kWarp);
+  const bool staged = a.assignments > kUnstaged || shape.threads > 256 || a.lora_of;
+  shape.shared_bytes = shared_bytes(pairs, shape.threads / kWarp, staged ? a.most : 0);
+  if (a.lora_of)
+    launch<align_block_kernel<32, 10, true, true>>(stream, shape, args);
+  else if (staged)
+    a.experts <= 64 ? launch<align_block_kernel<32, 6, true, false>>(stream, shape, args)
+                    : launch<align_block_kernel<32, 10, true, false>>(stream, shape, args);
   else
-    staged ? run_block<8, true, false>(stream, args, shape) : run_block<8, false, false>(stream, args, shape);
+    a.experts <= 64 ? launch<align_block_kernel<8, 6, false, false>>(stream, shape, args)
+                    : launch<align_block_kernel<8, 10, false, false>>(stream, shape, args);
 }
 
 }  // namespace
@@ -436,13 +436,17 @@ void moe_align(Stream stream, const MoeAlignArgs& a) {
                     Divider<uint32_t>(a.block_size),
                     static_cast<uint32_t>(a.block_size),
                     a.wide_total};
-  if (a.assignments <= kAlignInBlock) return align_in_block(stream, a, routing, out);
-  const int64_t chunk = ceil_div(ceil_div(a.assignments, kAlignChunks), kThreads) * kThreads;
-  const ChunkArgs args{routing, out, a.counts, static_cast<uint32_t>(chunk)};
+  if (a.assignments <= kInOneBlock && a.most <= kStagedBytes / 4) return align_in_block(stream, a, routing, out);
+  const bool recount = a.assignments <= kAlignInOne;
+  const int64_t tiles = ceil_div(ceil_div(a.assignments, kAlignChunks), kThreads);
+  const int64_t chunk = recount ? kRecountChunk : tiles * kThreads;
+  const int pairs = pairs_of(a.experts);
+  const ChunkArgs args{routing, out, a.counts, static_cast<uint32_t>(chunk), static_cast<uint32_t>(pairs)};
   LaunchShape shape{ceil_div(a.assignments, chunk), kThreads, static_cast<int>(a.loras)};
-  launch<align_count_kernel>(stream, shape, args);
-  shape.shared_bytes = shared_bytes(kMaxExperts / 2, kThreads / kWarp, 2 * kMaxExperts);
-  launch<align_place_kernel>(stream, shape, args);
+  if (!recount) launch<align_count_kernel>(stream, shape, args);
+  shape.shared_bytes = shared_bytes(pairs, kThreads / kWarp, 4 * pairs);
+  recount ? launch<align_place_kernel<true>>(stream, shape, args)
+          : launch<align_place_kernel<false>>(stream, shape, args);
 }
 
 }  // namespace kestrel::cuda
