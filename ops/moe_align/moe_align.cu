@@ -36,9 +36,10 @@ struct Routing {
   Divider<uint32_t> slots;
   uint32_t assignments, experts;
 
-  // What stands in topk_ids, or kNone where the token is another LoRA's.
-  template <bool kLora>
+  // What stands in topk_ids, or kNone where the token is another LoRA's. kFlat: no LoRAs, and ids without gaps.
+  template <bool kLora, bool kFlat = false>
   __device__ __forceinline__ uint32_t id(uint32_t assignment, uint32_t lora) const {
+    if constexpr (kFlat) return ids[assignment];
     uint32_t token, slot;
     slots(assignment, &token, &slot);
     const uint32_t id = ids[token * ids_stride + slot];
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__(kThreads) align_count_kernel(const __grid_cons
 
 // Each block adds up the counts of all chunks itself, or (kRecount) counts all assignments; then it places its chunk,
 // 1024 of them at a time. Padding and what lies behind the last group are shared out among the blocks.
-template <bool kRecount>
+template <bool kRecount, bool kFlat>
 __global__ void __launch_bounds__(kThreads) align_place_kernel(const __grid_constant__ ChunkArgs args) {
   constexpr int kWarps = kThreads / kWarp;
   extern __shared__ __align__(16) uint32_t memory[];
@@ -308,7 +309,7 @@ __global__ void __launch_bounds__(kThreads) align_place_kernel(const __grid_cons
 #pragma unroll
     for (int r = 0; r < kEach; ++r) {
       const uint32_t assignment = threadIdx.x + r * kThreads;
-      ids[r] = assignment < routing.assignments ? routing.id<true>(assignment, lora) : kNone;
+      ids[r] = assignment < routing.assignments ? routing.template id<true, kFlat>(assignment, lora) : kNone;
     }
 #pragma unroll
     for (int r = 0; r < kEach; ++r)
@@ -353,17 +354,21 @@ __global__ void __launch_bounds__(kThreads) align_place_kernel(const __grid_cons
     if (group.local < 0) continue;
     const int64_t start = int64_t{group.first} * out.block_size;
     const int64_t end = start + int64_t{out.blocks(totals[e])} * out.block_size;
+#pragma unroll 1
     for (int64_t i = start + totals[e] + lane; i < end; i += kWarp) sorted[i] = sentinel;
   }
   const int64_t thread = int64_t{chunk} * kThreads + threadIdx.x, threads = int64_t{chunks} * kThreads;
+#pragma unroll 1
   for (int64_t i = int64_t{all_blocks} * out.block_size + thread; i < out.sorted_size; i += threads)
     sorted[i] = sentinel;
+#pragma unroll 1
   for (int64_t i = all_blocks + thread; i < out.expert_ids_size; i += threads) expert_ids[i] = 0;
 
   auto* mine = reinterpret_cast<uint16_t*>(counts);
   for (uint32_t tile = begin; tile < last; tile += kThreads) {
     const uint32_t assignment = tile + threadIdx.x;
-    const uint32_t expert = assignment < last ? routing.expert(routing.id<true>(assignment, lora)) : kNone;
+    const uint32_t expert =
+        assignment < last ? routing.expert(routing.template id<true, kFlat>(assignment, lora)) : kNone;
     const uint32_t peers = peers_of<10>(expert), rank = __popc(peers & lanes_before());
     if (expert != kNone && rank == 0) mine[expert] = static_cast<uint16_t>(__popc(peers));
     __syncthreads();
@@ -380,6 +385,7 @@ __global__ void __launch_bounds__(kThreads) align_place_kernel(const __grid_cons
       earlier[2 * threadIdx.x] += both & 0xffff;
       earlier[2 * threadIdx.x + 1] += both >> 16;
     }
+#pragma unroll 1
     for (uint32_t pair = lane; pair < args.pairs; pair += kWarp) counts[pair] = 0;
     __syncwarp();
   }
@@ -445,8 +451,12 @@ void moe_align(Stream stream, const MoeAlignArgs& a) {
   LaunchShape shape{ceil_div(a.assignments, chunk), kThreads, static_cast<int>(a.loras)};
   if (!recount) launch<align_count_kernel>(stream, shape, args);
   shape.shared_bytes = shared_bytes(pairs, kThreads / kWarp, 4 * pairs);
-  recount ? launch<align_place_kernel<true>>(stream, shape, args)
-          : launch<align_place_kernel<false>>(stream, shape, args);
+  const bool flat = !a.lora_of && (a.ids_stride == a.slots || a.assignments == a.slots);
+  if (!recount)
+    launch<align_place_kernel<false, false>>(stream, shape, args);
+  else
+    flat ? launch<align_place_kernel<true, true>>(stream, shape, args)
+         : launch<align_place_kernel<true, false>>(stream, shape, args);
 }
 
 }  // namespace kestrel::cuda
