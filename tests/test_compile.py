@@ -54,6 +54,15 @@ CALLS: dict[str, Callable[[Make], tuple[Callable[..., Any], list[Any]]]] = {
     "topk_fwd": lambda t: (lambda s: kk.topk_fwd(s, 8, softmax=True), [t(4, 64)]),
     "topk_router": lambda t: (lambda s, b: kk.topk_router(s, 8, scoring="sigmoid", bias=b), [t(4, 64), t(64)]),
     "sample_top_k": lambda t: (lambda s, n: kk.sample_top_k(s, 8, 0.7, 3, n), [t(4, 64), t(1, dtype="int64")]),
+    "moe_align_block_size": lambda t: (
+        lambda ids, s, e, n: kk.moe_align_block_size(ids, 6, 2, s, e, n),
+        [t(4, 2, dtype="int32"), *(t(n, dtype="int32") for n in (14, 7, 1))],
+    ),
+    "moe_lora_align_block_size": lambda t: (
+        lambda ids, m, s, e, n: kk.moe_lora_align_block_size(ids, m, 6, 2, s, e, n),
+        [t(4, 2, dtype="int32"), t(4, dtype="int32") % 2, t(2, 14, dtype="int32"), t(2, 7, dtype="int32"),
+         t(2, dtype="int32")],
+    ),
     "rotary_embedding": lambda t: (
         lambda p, q, k, c: kk.rotary_embedding.rotary_embedding(p, q, k, 16, c),
         [t(3, dtype="int64"), t(3, 4, 16), t(3, 2, 16), t(8, 16, dtype="float32")],

@@ -27,6 +27,7 @@ from kestrel_kernels.fp8_quant import (
 from kestrel_kernels.fused_linear_residual_ops import linear_into
 from kestrel_kernels.kv_cache_write import reshape_and_cache_flash, rope_and_cache
 from kestrel_kernels.layernorm_cuda import layernorm_bias_cuda, layernorm_bias_reload_cuda
+from kestrel_kernels.moe_align import moe_align_block_size, moe_lora_align_block_size
 from kestrel_kernels.moe_sum import moe_sum
 from kestrel_kernels.norm import rmsnorm_into
 from kestrel_kernels.rotary_embedding import rotary_embedding
@@ -127,6 +128,24 @@ def _sample(out: Any, x: Any, _: Any) -> None:
     out[...] = kk.sample_top_k(x, 40, 1.0, 1, 2)[:, None]
 
 
+def _align(experts: int, slots: int, loras: int = 0) -> tuple[Call, int, int]:
+    """The best experts of each row of x as int32 in the bytes of one row: none of these is a NaN."""
+    count = ROWS * slots
+    places, rows = count + experts * 15, max(loras, 1)
+    blocks = places // 16
+
+    def call(out: Any, x: Any, _: Any) -> None:
+        ids = kk.topk_fwd(x[:, :experts], slots)[1]
+        ints = out[0].view(_dtype(out, "int32")).reshape(rows, -1)
+        outs = (ints[:, :places], ints[:, places:-1], ints[:, -1])
+        if loras:
+            moe_lora_align_block_size(ids, ids[:, 0] % loras, experts, 16, *outs)
+        else:
+            moe_align_block_size(ids, experts, 16, outs[0][0], outs[1][0], outs[2])
+
+    return call, 1, 2 * rows * (places + blocks + 1)
+
+
 def _attention(out: Any, x: Any, _: Any) -> None:
     """Causal, the first half of x as queries, the second as keys and values."""
     q, k = (x[:, half].reshape(1, ROWS, 16, 64) for half in (slice(WIDTH // 2), slice(WIDTH // 2, WIDTH)))
@@ -185,6 +204,10 @@ OPS: dict[str, tuple[Call, int, int]] = {
     "topk_narrow": (_topk_narrow, ROWS, 8),
     "topk_router": (_topk_router, ROWS, 8),
     "sample_top_k": (_sample, ROWS, 1),
+    "moe_align": _align(64, 8),
+    "moe_align_narrow": _align(64, 2),
+    "moe_align_two_kernels": _align(200, 128),
+    "moe_lora_align": _align(64, 8, 3),
     "merge_state": (_merge_state, ROWS, WIDTH // 2),
     "attention": (_attention, ROWS, WIDTH // 2),
     "attention_varlen": (_attention_varlen, ROWS, WIDTH // 2),
