@@ -235,6 +235,15 @@ def test_expert_map(backend: Backend, dtype: str, ranks: int) -> None:
     assert not np.isnan(total).any()
 
 
+def test_deep(backend: Backend) -> None:
+    """The relative error that fp8 products promise, over as many terms as a layer has."""
+    problem = Problem(backend, "float8_e4m3fn", draw_ids(24, 4, 6), 6, 4096, 200)
+    problem.check(problem.up(), problem.want_up())
+    problem = Problem(backend, "float8_e4m3fn", draw_ids(24, 4, 6), 6, 200, 4096)
+    problem.check(problem.down(), problem.want_down())
+    problem.check(problem.down(reduce=True), problem.want_down(reduce=True))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("gate", GATES)
 def test_gates(backend: Backend, dtype: str, gate: str) -> None:
@@ -282,10 +291,12 @@ def test_strides(backend: Backend, dtype: str, offset: int) -> None:
         setattr(problem, name, wider(getattr(problem, name), by))
     whole = backend.poisoned((6, 2, 48 + offset), problem.out_dtype)
     got = problem.up(out=whole[..., offset:])
-    assert np.array_equal(got, plain_up) or offset == 1
+    assert np.array_equal(got, plain_up) or backend.device == "cuda"  # where alignment decides the order of a sum
     problem.check(got, problem.want_up())
     assert np.isnan(backend.numpy(whole)[..., :offset]).all()
-    assert np.array_equal(problem.down(), plain_down) or offset == 1
+    got = problem.down()
+    assert np.array_equal(got, plain_down) or backend.device == "cuda"
+    problem.check(got, problem.want_down())
     problem.check(problem.down(reduce=True), problem.want_down(reduce=True))
 
 

@@ -52,12 +52,19 @@ inline Floats load(const f16* p) {
 #endif
 }
 
-// As to_float has it.
+// As to_float has it. (g++ 12 widens bytes to 512 bits one by one by itself.)
 inline Floats load(const e4m3* p) {
+#if defined(__AVX512F__)
+  const Words word =
+      std::bit_cast<Words>(_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i_u*>(p))));
+#elif defined(__AVX2__)
+  const Words word = std::bit_cast<Words>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i_u*>(p))));
+#else
   typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
   Bytes v;
   std::memcpy(&v, p, sizeof v);
   const Words word = __builtin_convertvector(v, Words);
+#endif
   const Words magnitude = (word & 0x7f) << 20;
   const Words scaled = std::bit_cast<Words>(std::bit_cast<Floats>(magnitude) * 0x1p120f);
   const Words nan = std::bit_cast<Words>(magnitude == 0x07f00000) & 0x7fc00000;
