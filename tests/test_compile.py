@@ -43,6 +43,20 @@ CALLS: dict[str, Callable[[Make], tuple[Callable[..., Any], list[Any]]]] = {
     ),
     "rmsnorm": lambda t: (lambda x, w, r: (kk.rmsnorm(x, w, residual=r), r), [t(4, 64), t(64), t(4, 64)]),
     "moe_sum": lambda t: (kk.moe_sum.moe_sum, [t(4, 8, 16)]),
+    "moe_up": lambda t: (lambda *a: kk.invoke_cute_moe_up(*a), [t(4, 16), t(2, 6, 16), t(2, 6, 16), *_routing(t)]),
+    "moe_up_fp8": lambda t: (
+        lambda x, xs, w, ws, *a: kk.invoke_cute_moe_up_fp8(x, xs, w, ws, None, None, *a, activation="silu_and_mul"),
+        [_e4m3(t, 4, 16), t(4, dtype="float32"), _e4m3(t, 2, 12, 16), t(2, 12, dtype="float32"), *_routing(t)],
+    ),
+    "moe_down": lambda t: (
+        lambda *a: kk.invoke_cute_moe_down(*a, reduce=True), [t(4, 2, 16), t(2, 6, 16), *_routing(t)],
+    ),
+    "moe_down_fp8": lambda t: (
+        lambda x, xs, w, ws, weights, _, ids, experts, used: kk.invoke_cute_moe_down_fp8(
+            x, xs, w, ws, topk_weights=weights, sorted_token_ids=ids, expert_ids=experts, num_tokens_post_padded=used,
+        ),
+        [_e4m3(t, 8, 16), t(8, dtype="float32"), _e4m3(t, 2, 6, 16), t(2, 6, dtype="float32"), *_routing(t)],
+    ),
     "embedding": lambda t: (kk.embedding.embedding, [t(8, 16), t(3, dtype="int64")]),
     "fp8_quant_row": lambda t: (lambda x: _bits(kk.fp8_quant.fp8_quant(x)), [t(4, 64)]),
     "fp8_quant_tensor": lambda t: (lambda x: _bits(kk.fp8_quant.fp8_quant(x, mode="tensor")), [t(4, 64)]),
@@ -96,6 +110,16 @@ CALLS: dict[str, Callable[[Make], tuple[Callable[..., Any], list[Any]]]] = {
         kk.merge_state, [t(1, 4, 2, 8), t(1, 2, 4, dtype="float32"), t(1, 4, 2, 8), t(1, 2, 4, dtype="float32")],
     ),
 }  # fmt: skip
+
+
+def _e4m3(t: Make, *shape: int) -> Any:
+    return t(*shape, dtype="float8_e4m3fn").view(torch.uint8)
+
+
+def _routing(t: Make) -> list[Any]:
+    """Four tokens, two assignments each, all of the first expert, in the block of 16 that the heuristic asks for."""
+    ids = [t(*shape, dtype="int32") for shape in ((4, 2), (16,), (1,), (1,))]
+    return [t(4, 2, dtype="float32"), ids[0], ids[1].clamp(max=8), ids[2], ids[3] + 16]
 
 
 def _bits(quantized: tuple[Any, Any]) -> tuple[Any, Any | None]:

@@ -181,6 +181,24 @@ def _fused_mlp(out: Any, x: Any, _: Any) -> None:
     out[...] = kk.fused_mlp.fused_mlp(x[:, :32], x[:64, 32:64], x[0, :64], x[:64, 64:128], x[1, :64], x[:, 128:192])
 
 
+def _moe(up: bool, fp8: bool, reduce: bool = False) -> tuple[Call, int, int]:
+    """Four experts, each with 24 assignments in a row; their weights are parts of x too. Two assignments a token."""
+    function = getattr(kk, f"invoke_cute_moe_{'up' if up else 'down'}{'_fp8' if fp8 else ''}")
+    config = kk.CuteMoeConfig(24, 32, 256, 8, 1, "fp8" if fp8 else "bf16")
+
+    def call(out: Any, x: Any, _: Any) -> None:
+        tokens, rows = x[: ROWS // 2, :64] if up else x[:, :64], x[:, 64:128]
+        activations, weights = (kk.fp8_quant.fp8_quant(a) if fp8 else (a,) for a in (tokens, rows))
+        operands = [*activations, *(w.reshape(4, 24, *w.shape[1:]) for w in weights)]
+        if up:
+            operands += [None] * len(weights)
+        routing = [_table(x, 2)[: ROWS // 2], None, *(_arange(x, *b) for b in ((ROWS,), (4,), (ROWS, ROWS + 1)))]
+        keywords = {"activation": "silu_and_mul"} if up else {"reduce": reduce}
+        function(*operands, *routing, out=out, config=config, **keywords)
+
+    return call, ROWS // 2 if reduce else ROWS, 12 if up else 24
+
+
 # op -> (call(out, x, slots), rows of out); x is [ROWS, WIDTH] bf16, out as wide or half as wide
 OPS: dict[str, tuple[Call, int, int]] = {
     "gelu_residual": (lambda out, x, _: gelu_residual_cuda(out, x), ROWS, WIDTH // 2),
@@ -192,6 +210,11 @@ OPS: dict[str, tuple[Call, int, int]] = {
     "rmsnorm": (lambda out, x, _: rmsnorm_into(out, x, x[0], 1e-6), ROWS, WIDTH),
     "rmsnorm_residual": (_rmsnorm_residual, 2 * ROWS, WIDTH),
     "moe_sum": (lambda out, x, _: moe_sum(x.reshape(-1, 8, WIDTH), out), ROWS // 8, WIDTH),
+    "moe_up": _moe(up=True, fp8=False),
+    "moe_up_fp8": _moe(up=True, fp8=True),
+    "moe_down": _moe(up=False, fp8=False),
+    "moe_down_reduced": _moe(up=False, fp8=False, reduce=True),
+    "moe_down_fp8": _moe(up=False, fp8=True),
     "rotary_embedding": (_rotary, ROWS, WIDTH),
     "tau_tail": (_tau, ROWS, 1536),
     "rope_and_cache": (_rope_and_cache, 3 * ROWS, 512),

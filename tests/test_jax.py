@@ -31,6 +31,10 @@ FORMS: dict[str, tuple[Callable[..., Any], list[Any]]] = {
     "layernorm": (kk.layernorm, [(4, 64), (64,), (64,)]),
     "rmsnorm": (kk.rmsnorm, [(4, 64), (64,)]),
     "moe_sum": (kk.moe_sum.moe_sum, [(4, 8, 16)]),
+    "moe_down": (
+        lambda x, w, weights, ids, e, n: kk.invoke_cute_moe_down(x, w, weights, None, ids, e, n + 16, reduce=True),
+        [(4, 2, 16), (4, 8, 16), ("float32", 4, 2), ("int32", 16), ("int32", 1), ("int32", 1)],
+    ),
     "embedding": (kk.embedding.embedding, [(8, 16), ("int32", 3)]),
     "fp8_quant_row": (kk.fp8_quant.fp8_quant, [(4, 64)]),
     "fp8_quant_tensor": (lambda x: kk.fp8_quant.fp8_quant(x, "tensor"), [(4, 64)]),

@@ -1,5 +1,5 @@
 // One vector register of floats, as wide as the level has them (GCC's and clang's vector types: + - * work on them),
-// for the few loops whose order of operations must be fixed by hand. Loads convert bf16 and f16.
+// for the few loops whose order of operations must be fixed by hand. Loads convert bf16, f16 and e4m3.
 #pragma once
 
 #include <cstring>
@@ -50,6 +50,25 @@ inline Floats load(const f16* p) {
   for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
   return load(v);
 #endif
+}
+
+// As to_float has it. (g++ 12 widens bytes to 512 bits one by one by itself.)
+inline Floats load(const e4m3* p) {
+#if defined(__AVX512F__)
+  const Words word =
+      std::bit_cast<Words>(_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i_u*>(p))));
+#elif defined(__AVX2__)
+  const Words word = std::bit_cast<Words>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i_u*>(p))));
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  Bytes v;
+  std::memcpy(&v, p, sizeof v);
+  const Words word = __builtin_convertvector(v, Words);
+#endif
+  const Words magnitude = (word & 0x7f) << 20;
+  const Words scaled = std::bit_cast<Words>(std::bit_cast<Floats>(magnitude) * 0x1p120f);
+  const Words nan = std::bit_cast<Words>(magnitude == 0x07f00000) & 0x7fc00000;
+  return std::bit_cast<Floats>(scaled | nan | (word & 0x80) << 24);
 }
 
 // 2 kLanes elements in an order of the dtype's own: the same for every array of it, so products of two arrays match.

@@ -30,7 +30,7 @@ void linear(const LinearArgs& args) {
   const T* const b = args.b ? args.b->ptr<T>() : nullptr;
   const T* const w = args.w.ptr<T>();
   const int64_t stride = args.w.stride[0], columns = args.columns;
-  const Weights<T> weights{{w, w + (kPanels - 1) * columns * stride}, stride, columns, args.depth};
+  const Weights<T> weights{{w, w + (kPanels - 1) * columns * stride}, {stride, stride}, columns, args.depth};
   const auto x_row = [&](int64_t row) { return args.x.ptr<T>() + args.x_rows.offset(row); };
 
   matmul<kPanels>(weights, args.x_rows.count, x_row,

@@ -1,0 +1,47 @@
+// What both devices work on, after the checks.
+#pragma once
+
+#include <kestrel/tensor.h>
+
+#include "ops/activation/gate.h"
+
+namespace kestrel {
+
+// A matrix [out, depth] for each expert, with a scale for each output channel where the elements are e4m3.
+struct ExpertWeights {
+  const void* data = nullptr;
+  int64_t expert_stride = 0, row_stride = 0;  // in elements
+  const float* scale = nullptr;
+  int64_t scale_stride = 0;  // between experts
+};
+
+struct MoeArgs {
+  DType dtype{};  // of x and the weights: bf16, f16 or e4m3
+  Tensor out;     // rows: assignments; with reduce: tokens
+  Rows out_rows;
+  const void* x = nullptr;
+  Rows x_rows;
+  const float* x_scale = nullptr;  // one for each row
+  int64_t slots_per_row = 1;       // assignments that read the same row of x: K for up, 1 for down
+  int panels = 1;                  // 2 for up
+  ExpertWeights panel[2];
+  std::optional<Gate> gate;
+  const float* topk_weights = nullptr;  // down
+  int64_t topk_weights_stride = 0;
+  bool reduce = false;
+  std::optional<Tensor> workspace;
+
+  int64_t tokens = 0, slots = 0, experts = 0;
+  int64_t width = 0;  // columns of a panel
+  int64_t depth = 0;
+
+  const int32_t* sorted_token_ids = nullptr;
+  const int32_t* expert_ids = nullptr;
+  const int32_t* num_tokens_post_pad = nullptr;
+  int64_t positions = 0;  // the most that num_tokens_post_pad may say
+  int64_t block_m = 1;
+
+  int64_t assignments() const { return tokens * slots; }
+};
+
+}  // namespace kestrel

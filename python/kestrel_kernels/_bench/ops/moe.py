@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kestrel_kernels._bench.entry import Entry, Maker, Set
+
+_ROUTING = "topk_weights topk_ids sorted_token_ids expert_ids num_tokens_post_pad"
+_Cast = Callable[[torch.Tensor], torch.Tensor]
+
+
+def align(ids: torch.Tensor, experts: int, block_m: int) -> dict[str, torch.Tensor]:
+    """Assignments grouped by expert, each group padded to whole blocks."""
+    flat = ids.flatten().long()
+    counts = flat.bincount(minlength=experts)
+    padded = (counts + block_m - 1) // block_m * block_m
+    order = flat.argsort(stable=True)
+    starts, first = padded.cumsum(0) - padded, counts.cumsum(0) - counts
+    places = torch.arange(len(flat), device=ids.device) + (starts - first)[flat[order]]
+    size = len(flat) * block_m if len(flat) < experts else len(flat) + experts * (block_m - 1)
+    ordered = torch.full((size,), len(flat), dtype=torch.int32, device=ids.device)
+    ordered[places] = order.int()
+    blocks = torch.zeros(-(-size // block_m), dtype=torch.int32, device=ids.device)
+    used = torch.arange(experts, device=ids.device).repeat_interleave(padded // block_m)
+    blocks[: len(used)] = used.int()
+    return {"sorted_token_ids": ordered, "expert_ids": blocks, "num_tokens_post_pad": padded.sum().int()[None]}
+
+
+class MoeProduct(Entry):
+    """Experts drawn uniformly, without replacement for a token."""
+
+    pattern = r"(?P<tokens>\d+) (?P<dtype>bf16|fp8) E(?P<experts>\d+) H(?P<hidden>\d+) I(?P<inner>\d+) k(?P<slots>\d+)"
+
+    tokens: int
+    dtype: str
+    experts: int
+    hidden: int
+    inner: int
+    slots: int
+    operands = ""  # x and the weights; in fp8 each is followed by its scale
+    options = ""
+
+    def __init__(self, case: str) -> None:
+        super().__init__(case)
+        self.products = self.dtype
+        names = self.operands.split()
+        if self.dtype == "fp8":
+            names = [part for name in names for part in (name, f"{name}_scale")]
+        self.arguments = f"{' '.join(names)} {_ROUTING} out= {self.options}"
+        self.function = f"cute_moe.invoke_cute_{self.op}{'_fp8' if self.dtype == 'fp8' else ''}"
+
+    def _operand(self, make: Maker, name: str, *shape: int, scale: float = 1.0) -> Set:
+        if self.dtype == "bf16":
+            return {name: make.normal(*shape, scale=scale)}
+        scales = make.normal(*shape[:-1], dtype="float32", shift=8.0).abs() * (scale / 64)
+        return {name: make.normal(*shape, scale=8.0).to(torch.float8_e4m3fn), f"{name}_scale": scales}
+
+    def _routing(self, make: Maker) -> Set:
+        from kestrel_kernels.cute_moe import get_cute_moe_block_m
+
+        block_m = get_cute_moe_block_m(
+            self.tokens,
+            num_experts=self.experts,
+            hidden_size=self.hidden,
+            intermediate_size=self.inner,
+            dtype=self.dtype,
+        )
+        chosen = make.normal(self.tokens, self.experts, dtype="float32").topk(self.slots)
+        ids = chosen.indices.int()
+        return {"topk_weights": chosen.values.softmax(-1), "topk_ids": ids, **align(ids, self.experts, block_m)}
+
+    @property
+    def _assignments(self) -> int:
+        return self.tokens * self.slots
+
+    @property
+    def _distinct(self) -> int:
+        """Experts that some token is expected to have chosen."""
+        return round(self.experts * (1 - (1 - self.slots / self.experts) ** self.tokens))
+
+    @property
+    def _size(self) -> int:
+        return 2 if self.dtype == "bf16" else 1
+
+    def _values(self, s: Set, name: str, cast: _Cast) -> torch.Tensor:
+        values = cast(s[name])
+        return values * cast(s[f"{name}_scale"])[..., None] if self.dtype == "fp8" else values
+
+    def _shares(self, s: Set) -> Iterator[tuple[int, torch.Tensor]]:
+        """Each expert with the assignments that are its own, as 0 and 1: without a look at them from the host."""
+        for expert in range(self.experts):
+            yield expert, (s["topk_ids"] == expert)[..., None]
+
+    def _layer(self, s: Set, cast: _Cast) -> torch.Tensor:
+        raise NotImplementedError
+
+    def reference(self, s: Set) -> Sequence[torch.Tensor]:
+        return [self._layer(s, torch.Tensor.double)]
+
+    def eager(self, s: Set) -> Any:
+        return self._layer(s, torch.Tensor.float).to(s["out"].dtype)
+
+
+class MoeUp(MoeProduct):
+    """With the gate in its epilogue."""
+
+    op = "moe_up"
+    operands = "hidden_states w1 w2"
+    options = "activation="
+    small = ("1 bf16 E1 H1 I1 k1", "3 fp8 E5 H7 I9 k2", "17 bf16 E4 H40 I24 k3", "33 fp8 E8 H64 I32 k8")
+
+    def inputs(self, make: Maker) -> Set:
+        shape, scale = (self.experts, self.inner, self.hidden), self.hidden**-0.5
+        return {
+            **self._operand(make, "hidden_states", self.tokens, self.hidden),
+            **self._operand(make, "w1", *shape, scale=scale),
+            **self._operand(make, "w2", *shape, scale=scale),
+            **self._routing(make),
+            "out": make.empty(self.tokens, self.slots, self.inner),
+            "activation": "gelu_residual",
+        }
+
+    @property
+    def bytes(self) -> int:
+        weights = self._distinct * 2 * self.inner * self.hidden
+        return self._size * (weights + self.tokens * self.hidden) + 2 * self._assignments * self.inner
+
+    @property
+    def operations(self) -> int:
+        return 2 * self._assignments * 2 * self.inner * self.hidden
+
+    def _layer(self, s: Set, cast: _Cast) -> torch.Tensor:
+        x = self._values(s, "hidden_states", cast)
+        w1, w2 = (self._values(s, name, cast) for name in ("w1", "w2"))
+        out = x.new_zeros(self.tokens, self.slots, self.inner)
+        for expert, share in self._shares(s):
+            out += (F.gelu(x @ w1[expert].T) * (x @ w2[expert].T + 1))[:, None] * share
+        return out
+
+
+class MoeDown(MoeProduct):
+    """With " reduce" summed over the experts of a token."""
+
+    op = "moe_down"
+    pattern = MoeProduct.pattern + r"( (?P<reduce>reduce))?"
+    operands = "moe_out w3"
+    options = "reduce="
+    small = (
+        "1 bf16 E1 H1 I1 k1", "3 fp8 E5 H7 I9 k2", "17 bf16 E4 H24 I40 k3", "33 fp8 E8 H64 I32 k8",
+        "3 bf16 E5 H7 I9 k2 reduce", "17 fp8 E4 H24 I40 k3 reduce",
+    )  # fmt: skip
+
+    reduce: str | None
+
+    def inputs(self, make: Maker) -> Set:
+        rows = (self.tokens,) if self.reduce else (self.tokens, self.slots)
+        return {
+            **self._operand(make, "moe_out", self.tokens, self.slots, self.inner),
+            **self._operand(make, "w3", self.experts, self.hidden, self.inner, scale=self.inner**-0.5),
+            **self._routing(make),
+            "out": make.empty(*rows, self.hidden),
+            "reduce": self.reduce is not None,
+        }
+
+    @property
+    def bytes(self) -> int:
+        weights = self._distinct * self.inner * self.hidden
+        rows = self.tokens if self.reduce else self._assignments
+        return self._size * (weights + self._assignments * self.inner) + 2 * rows * self.hidden
+
+    @property
+    def operations(self) -> int:
+        return 2 * self._assignments * self.inner * self.hidden
+
+    def _layer(self, s: Set, cast: _Cast) -> torch.Tensor:
+        x, w3 = (self._values(s, name, cast) for name in ("moe_out", "w3"))
+        out = x.new_zeros(self.tokens, self.slots, self.hidden)
+        for expert, share in self._shares(s):
+            out += x @ w3[expert].T * share
+        out *= s["topk_weights"][..., None]
+        return out.sum(1) if self.reduce else out
