@@ -26,6 +26,7 @@ using Kind = LinearActivation;
 constexpr int kThreads = 256;
 constexpr int64_t kLeastDepth = 16;  // of a product worth a tensor core's instruction
 constexpr int64_t kAlignment = 16;
+constexpr int64_t kLeastBiasRows = 64;
 constexpr int64_t kSumsOffset = 8 << 20;  // in the workspace; cuBLASLt has what lies before it
 constexpr int64_t kSumsBytes = kLinearWorkspaceBytes - kSumsOffset;
 constexpr int64_t kRowTile = 128;
@@ -185,9 +186,9 @@ int64_t row_stride(const Rows& rows, int64_t width) {
   return rows.uniform() && rows.inner_stride >= width ? rows.inner_stride : 0;
 }
 
-// Bias and residual in cuBLASLt's epilogue, and the GELU of a hidden layer in bf16. With a bias only where every row is
-// a whole number of 16 bytes: for other shapes its algorithms round the sum to 16 bits before they add the bias (37 x
-// 260 x 1200: errors of 1.4 units in the last place).
+// Bias and residual in cuBLASLt's epilogue, and the GELU of a hidden layer in bf16. With a bias only where its kernels
+// for Hopper are what it names: for few rows, or rows that are no whole number of 16 bytes, those for older GPUs are,
+// which round the sum to 16 bits before they add the bias (37 x 260 x 1200: errors of 1.4 units in the last place).
 bool multiply_to_out(Stream stream, const LinearArgs& a, Product product, Memory workspace) {
   product.gelu = a.hidden && a.activation == Kind::kGeluTanh && a.out.dtype == DType::kBF16;
   if ((a.activation != Kind::kNone && !product.gelu) || a.columns == 1) return false;
@@ -201,6 +202,7 @@ bool multiply_to_out(Stream stream, const LinearArgs& a, Product product, Memory
     if (product.residual_stride == 0) return false;
   }
   if (a.b) {
+    if (product.rows < kLeastBiasRows) return false;
     const void* operands[] = {a.b->data, product.x, product.w, product.out, product.residual};
     const int64_t rows[] = {
         a.columns, a.depth, product.x_stride, product.w_stride, product.out_stride, product.residual_stride};

@@ -1,7 +1,8 @@
 // cuBLASLt counts columns first, so out^T = w x^T is what it is asked for: w and x as [K, N] and [K, M] in its order, w
-// transposed, and the bias runs along the columns of out. The algorithm is the first that the heuristic names for the
-// exact problem, or the one of kPreferences; it is kept per device and problem, so eager calls and captured graphs give
-// the same bits. Descriptors are made on the stack: five calls that allocate nothing, and threads share none.
+// transposed, and the bias runs along the columns of out. The algorithm is the first of those that the heuristic names
+// for the exact problem, of those that round once, or the one of kPreferences; it is kept per device and problem, so
+// eager calls and captured graphs give the same bits. Descriptors are made on the stack: five calls that allocate
+// nothing, and threads share none.
 #include "ops/linear/product.h"
 
 #include <cublasLt.h>
@@ -12,6 +13,7 @@
 #include <atomic>
 #include <mutex>
 #include <shared_mutex>
+#include <span>
 #include <string>
 #include <unordered_map>
 
@@ -144,15 +146,23 @@ constexpr Preference kPreferences[] = {
     {8000, kAnyMore, 4304, 1152, false, true, CUBLASLT_MATMUL_TILE_128x288, CUBLASLT_CLUSTER_SHAPE_2x1x1},
 };
 
+template <class Value>
+Value config(const cublasLtMatmulAlgo_t& algorithm, cublasLtMatmulAlgoConfigAttributes_t attribute) {
+  Value value{};
+  check(library().get_config(&algorithm, attribute, &value, sizeof value, nullptr),
+        "cublasLtMatmulAlgoConfigGetAttribute");
+  return value;
+}
+
+// Kernels for older GPUs, which it also offers, round the sum to 16 bits before they add a bias.
+bool rounds_once(const Product& p, const cublasLtMatmulAlgo_t& algorithm) {
+  constexpr int32_t kHopperKernels = 66;
+  return !p.bias || p.dtype == DType::kF32 || config<int32_t>(algorithm, CUBLASLT_ALGO_CONFIG_ID) == kHopperKernels;
+}
+
 bool preferred(const Product& p, const cublasLtMatmulAlgo_t& algorithm) {
-  uint32_t tile = 0;
-  uint16_t cluster = 0;
-  const auto get = [&](cublasLtMatmulAlgoConfigAttributes_t attribute, auto* value) {
-    check(library().get_config(&algorithm, attribute, value, sizeof *value, nullptr),
-          "cublasLtMatmulAlgoConfigGetAttribute");
-  };
-  get(CUBLASLT_ALGO_CONFIG_TILE_ID, &tile);
-  get(CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, &cluster);
+  const auto tile = config<uint32_t>(algorithm, CUBLASLT_ALGO_CONFIG_TILE_ID);
+  const auto cluster = config<uint16_t>(algorithm, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID);
   for (const Preference& one : kPreferences)
     if (one.least_rows <= p.rows && p.rows <= one.most_rows && one.columns == p.columns && one.depth == p.depth &&
         one.residual == (p.residual != nullptr) && one.gelu == p.gelu && one.tile == tile && one.cluster == cluster)
@@ -182,10 +192,13 @@ Algorithm ask(cublasLtHandle_t handle, const Product& p, Descriptors* d, int64_t
                                              kCandidates, candidates, &count);
   if (status == CUBLAS_STATUS_NOT_SUPPORTED || (status == CUBLAS_STATUS_SUCCESS && count == 0)) return {};
   check(status, "cublasLtMatmulAlgoGetHeuristic");
-  for (int i = 0; i < count; ++i)
-    if (candidates[i].state == CUBLAS_STATUS_SUCCESS && preferred(p, candidates[i].algo))
-      return {true, candidates[i].algo};
-  return {candidates[0].state == CUBLAS_STATUS_SUCCESS, candidates[0].algo};
+  const cublasLtMatmulAlgo_t* chosen = nullptr;
+  for (const cublasLtMatmulHeuristicResult_t& c : std::span(candidates, count)) {
+    if (c.state != CUBLAS_STATUS_SUCCESS || !rounds_once(p, c.algo)) continue;
+    if (preferred(p, c.algo)) return {true, c.algo};
+    if (!chosen) chosen = &c.algo;
+  }
+  return chosen ? Algorithm{true, *chosen} : Algorithm{};
 }
 
 // All that the choice may depend on.
