@@ -56,7 +56,7 @@ def fused_moe(
     config: CuteMoeConfig | None = None,
     out: Array | None = None,
 ) -> ArrayT:
-    """out[t] = sum over k of topk_weights[t, k] * (gate(x[t] w_upᵀ) w_downᵀ), with the weights of expert topk_ids[t, k].
+    """out[t] = sum over k of topk_weights[t, k] * gate(x[t] w_upᵀ) w_downᵀ, with the weights of expert topk_ids[t, k].
 
     The bits of a token's result depend on its own row, its weights and its experts alone.
 
