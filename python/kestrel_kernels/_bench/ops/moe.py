@@ -225,8 +225,9 @@ class FusedMoe(MoeProduct):
         """In bf16 as it is rounded between the products, in fp8 as e4m3 with a scale for each row."""
         if self.dtype == "bf16":
             return x.bfloat16().to(x.dtype)
-        scale = (x.abs().amax(-1, keepdim=True) / 448).clamp_min(1e-6)
-        return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+        values = x.float()  # bf16 values are often halfway between two of e4m3: fp32 decides which
+        scale = (values.abs().amax(-1, keepdim=True) / 448).clamp_min(1e-6)
+        return (values * (1 / scale)).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
     def _layer(self, s: Set, cast: _Cast) -> torch.Tensor:
         x = self._quantized(cast(s["x"]))
