@@ -57,6 +57,11 @@ CALLS: dict[str, Callable[[Make], tuple[Callable[..., Any], list[Any]]]] = {
         ),
         [_e4m3(t, 8, 16), t(8, dtype="float32"), _e4m3(t, 2, 6, 16), t(2, 6, dtype="float32"), *_routing(t)],
     ),
+    "fused_moe": lambda t: (
+        lambda x, u, us, d, ds, w, ids, m: kk.fused_moe(x, u, d, w, ids, w_up_scale=us, w_down_scale=ds, expert_map=m),
+        [t(4, 16), _e4m3(t, 2, 12, 16), t(2, 12, dtype="float32"), _e4m3(t, 2, 16, 6), t(2, 16, dtype="float32"),
+         t(4, 2, dtype="float32"), t(4, 2, dtype="int32"), t(8, dtype="int32") % 2],
+    ),
     "embedding": lambda t: (kk.embedding.embedding, [t(8, 16), t(3, dtype="int64")]),
     "fp8_quant_row": lambda t: (lambda x: _bits(kk.fp8_quant.fp8_quant(x)), [t(4, 64)]),
     "fp8_quant_tensor": lambda t: (lambda x: _bits(kk.fp8_quant.fp8_quant(x, mode="tensor")), [t(4, 64)]),

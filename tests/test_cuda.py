@@ -199,6 +199,20 @@ def _moe(up: bool, fp8: bool, reduce: bool = False) -> tuple[Call, int, int]:
     return call, ROWS // 2 if reduce else ROWS, 12 if up else 24
 
 
+def _fused_moe(fp8: bool) -> tuple[Call, int, int]:
+    """Two assignments a token, of four experts and one that is none; the weights are parts of x too."""
+
+    def call(out: Any, x: Any, _: Any) -> None:
+        rows = [x[:, 64:128], x[:, 128:160].reshape(256, 12)]
+        (up, *up_scale), (down, *down_scale) = (kk.fp8_quant.fp8_quant(r) if fp8 else (r,) for r in rows)
+        scales = {"w_up_scale": up_scale[0].reshape(4, 24), "w_down_scale": down_scale[0].reshape(4, 64)} if fp8 else {}
+        weights, ids = _table(x, 2)[: ROWS // 2], (_arange(x, ROWS) % 5).reshape(-1, 2)
+        up, down = up.reshape(4, 24, 64), down.reshape(4, 64, 12)
+        kk.fused_moe(x[: ROWS // 2, :64], up, down, weights, ids, out=out, **scales)
+
+    return call, ROWS // 2, 64
+
+
 # op -> (call(out, x, slots), rows of out); x is [ROWS, WIDTH] bf16, out as wide or half as wide
 OPS: dict[str, tuple[Call, int, int]] = {
     "gelu_residual": (lambda out, x, _: gelu_residual_cuda(out, x), ROWS, WIDTH // 2),
@@ -215,6 +229,8 @@ OPS: dict[str, tuple[Call, int, int]] = {
     "moe_down": _moe(up=False, fp8=False),
     "moe_down_reduced": _moe(up=False, fp8=False, reduce=True),
     "moe_down_fp8": _moe(up=False, fp8=True),
+    "fused_moe": _fused_moe(fp8=False),
+    "fused_moe_fp8": _fused_moe(fp8=True),
     "rotary_embedding": (_rotary, ROWS, WIDTH),
     "tau_tail": (_tau, ROWS, 1536),
     "rope_and_cache": (_rope_and_cache, 3 * ROWS, 512),

@@ -10,13 +10,13 @@
 #include "kestrel/hopper/vec.cuh"
 #include "kestrel/hopper/warp.cuh"
 #include "kestrel/launch.h"
+#include "ops/fp8_quant/absmax.cuh"
 #include "ops/fp8_quant/args.h"
 
 namespace kestrel::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr float kSmallestScale = 1e-6f;
 
 // The larger of each half; of a number and NaN the number.
 template <class T>
@@ -42,19 +42,6 @@ __device__ __forceinline__ uint32_t absmax(const Vec<T, 8> (&x)[kVectors]) {
 template <class T>
 __device__ __forceinline__ uint32_t absmax(T x) {
   return larger<T>(0, x.bits & 0x7fff);
-}
-
-__device__ __forceinline__ uint32_t warp_max(uint32_t value) { return __reduce_max_sync(~0u, value); }
-
-// Over a block of whole warps, in every thread.
-__device__ __forceinline__ uint32_t block_max(uint32_t value) {
-  __shared__ uint32_t warps[kWarp];
-  value = warp_max(value);
-  __syncthreads();  // the last call's readers are done
-  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  const int lane = threadIdx.x % kWarp;
-  return warp_max(lane < blockDim.x / kWarp ? warps[lane] : 0);
 }
 
 // max(a / 448, 1e-6), the quotient rounded once: 1/448 in two parts gives the bits of the division for every bf16 and

@@ -6,7 +6,7 @@
 #include "kestrel/cpu/target.h"
 #include "kestrel/cuda.h"
 #include "kestrel/indices.h"
-#include "ops/moe/moe_args.h"
+#include "ops/moe/operands.h"
 
 KESTREL_CPU_TWIN(moe, void(const kestrel::MoeArgs& args));
 
@@ -16,34 +16,6 @@ void moe(Stream stream, const MoeArgs& args);
 }
 
 namespace {
-
-struct NamedGate {
-  std::string_view name;
-  Gate value;
-};
-constexpr NamedGate kGates[] = {
-    {"gelu_residual", Gate::kGeluResidual},
-    {"silu_and_mul", Gate::kSilu},
-    {"gelu_and_mul", Gate::kGelu},
-    {"gelu_tanh_and_mul", Gate::kGeluTanh},
-};
-
-std::optional<Gate> gate_named(Contract& c, std::string_view name) {
-  if (name.empty()) return std::nullopt;
-  for (const NamedGate& g : kGates)
-    if (g.name == name) return g.value;
-  c.require(false, "activation", "gelu_residual, silu_and_mul, gelu_and_mul, gelu_tanh_and_mul or none",
-            std::string(name));
-  return std::nullopt;
-}
-
-// An operand with the names of its parts; a scale for e4m3 alone.
-struct Operand {
-  const char* name;
-  const Tensor& tensor;
-  const char* scale_name = nullptr;
-  const Tensor* scale = nullptr;
-};
 
 struct Alignment {
   Tensor topk_weights;
@@ -66,22 +38,6 @@ void check_x(Contract& c, const Operand& x, MoeArgs* args) {
   c.in(x.scale_name, *x.scale).dtype({DType::kF32}).contiguous();
   c.require(x.scale->numel() == args->x_rows.count, x.scale_name, "one scale for each row", x.scale->numel());
   args->x_scale = x.scale->ptr<float>();
-}
-
-ExpertWeights check_weights(Contract& c, const Operand& w, const MoeArgs& args, Dim* experts, Dim* rows) {
-  Arg arg = c.in(w.name, w.tensor);
-  if (w.scale)
-    arg.dtype({DType::kE4M3, DType::kU8});
-  else
-    arg.dtype({args.dtype});
-  arg.shape({*experts, *rows, args.depth}).last_contiguous();
-  ExpertWeights weights{w.tensor.data, w.tensor.stride[0], w.tensor.stride[1]};
-  if (w.scale) {
-    c.in(w.scale_name, *w.scale).dtype({DType::kF32}).shape({*experts, *rows}).last_contiguous();
-    weights.scale = w.scale->ptr<float>();
-    weights.scale_stride = w.scale->stride[0];
-  }
-  return weights;
 }
 
 void check_routing(Contract& c, const Alignment& a, MoeArgs* args) {

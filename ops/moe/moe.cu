@@ -280,10 +280,14 @@ void run(Stream stream, const MoeArgs& a) {
 
 void moe(Stream stream, const MoeArgs& args) {
   dispatch<bf16, f16, e4m3>(args.dtype, [&]<class T>() {
-    if constexpr (dtype_of<T> == DType::kE4M3)
-      run<T, bf16>(stream, args);
-    else
+    if constexpr (dtype_of<T> == DType::kE4M3) {
+      if (args.out.dtype == DType::kF32)  // for fused_moe
+        multiply<T, float>(stream, args, args.out.ptr<float>(), args.out_rows, 0, args.width);
+      else
+        run<T, bf16>(stream, args);
+    } else {
       run<T, T>(stream, args);
+    }
   });
 }
 

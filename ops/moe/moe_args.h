@@ -17,7 +17,7 @@ struct ExpertWeights {
 
 struct MoeArgs {
   DType dtype{};  // of x and the weights: bf16, f16 or e4m3
-  Tensor out;     // rows: assignments; with reduce: tokens
+  Tensor out;     // rows: assignments; with reduce: tokens. Of e4m3 bf16, or f32 for up
   Rows out_rows;
   const void* x = nullptr;
   Rows x_rows;

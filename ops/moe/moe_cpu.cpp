@@ -154,10 +154,14 @@ void run(const MoeArgs& args) {
 
 void moe(const MoeArgs& args) {
   dispatch<bf16, f16, e4m3>(args.dtype, [&]<class T>() {
-    if constexpr (dtype_of<T> == DType::kE4M3)
-      run<T, bf16>(args);
-    else
+    if constexpr (dtype_of<T> == DType::kE4M3) {
+      if (args.out.dtype == DType::kF32)  // for fused_moe
+        up<T, float>(args);
+      else
+        run<T, bf16>(args);
+    } else {
       run<T, T>(args);
+    }
   });
 }
 

@@ -182,3 +182,59 @@ class MoeDown(MoeProduct):
             out += x @ w3[expert].T * share
         out *= s["topk_weights"][..., None]
         return out.sum(1) if self.reduce else out
+
+
+class FusedMoe(MoeProduct):
+    """A whole layer, align to sum."""
+
+    op = "fused_moe"
+    options = "activation= w_up_scale= w_down_scale="
+    small = (
+        "1 bf16 E1 H1 I1 k1", "3 fp8 E5 H7 I9 k2", "17 bf16 E4 H40 I24 k3", "33 fp8 E8 H64 I32 k8",
+        "1100 fp8 E8 H16 I16 k8",
+    )  # fmt: skip
+
+    def __init__(self, case: str) -> None:
+        super().__init__(case)
+        self.function = "moe_layer.fused_moe"
+        self.arguments = f"x w_up w_down topk_weights topk_ids out= {self.options}"
+
+    def inputs(self, make: Maker) -> Set:
+        routing = self._routing(make)
+        return {
+            "x": make.normal(self.tokens, self.hidden),
+            "w_up_scale": None,
+            "w_down_scale": None,
+            **self._operand(make, "w_up", self.experts, 2 * self.inner, self.hidden, scale=self.hidden**-0.5),
+            **self._operand(make, "w_down", self.experts, self.hidden, self.inner, scale=self.inner**-0.5),
+            **{name: routing[name] for name in ("topk_weights", "topk_ids")},
+            "out": make.empty(self.tokens, self.hidden),
+            "activation": "gelu_residual",
+        }
+
+    @property
+    def bytes(self) -> int:
+        weights = self._distinct * 3 * self.inner * self.hidden
+        return self._size * weights + 2 * 2 * self.tokens * self.hidden
+
+    @property
+    def operations(self) -> int:
+        return 2 * self._assignments * 3 * self.inner * self.hidden
+
+    def _quantized(self, x: torch.Tensor) -> torch.Tensor:
+        """In bf16 as it is rounded between the products, in fp8 as e4m3 with a scale for each row."""
+        if self.dtype == "bf16":
+            return x.bfloat16().to(x.dtype)
+        values = x.float()  # bf16 values are often halfway between two of e4m3: fp32 decides which
+        scale = (values.abs().amax(-1, keepdim=True) / 448).clamp_min(1e-6)
+        return (values * (1 / scale)).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+    def _layer(self, s: Set, cast: _Cast) -> torch.Tensor:
+        x = self._quantized(cast(s["x"]))
+        up, down = (self._values(s, name, cast) for name in ("w_up", "w_down"))
+        out = torch.zeros_like(x)
+        for expert, share in self._shares(s):
+            a, g = (x @ up[expert].T).chunk(2, -1)
+            weight = (cast(s["topk_weights"])[..., None] * share).sum(1)
+            out += self._quantized(F.gelu(a) * (g + 1)) @ down[expert].T * weight
+        return out
