@@ -216,6 +216,14 @@ void Contract::require(bool holds, const char* message) {
   if (!holds) throw Error(ErrorKind::kValueError, std::string(op_) + ": " + message);
 }
 
+void Contract::workspace(const Tensor& tensor, int64_t bytes, const char* expected, uintptr_t alignment) {
+  out("workspace", tensor).dtype({DType::kU8}).rank(1, 1).contiguous();
+  require(tensor.shape[0] >= bytes, "workspace", expected, tensor.shape[0]);
+  if (reinterpret_cast<uintptr_t>(tensor.data) % alignment != 0)
+    fail(ErrorKind::kValueError, "workspace", "at a multiple of " + std::to_string(alignment) + " bytes",
+         "another address");
+}
+
 void Contract::indices(Stream stream, const char* name, const Tensor& tensor, int64_t low, int64_t high,
                        bool skip_negative) {
   const BadIndex bad = find_bad_index(stream, tensor, low, high, skip_negative);

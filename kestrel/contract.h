@@ -74,6 +74,9 @@ class Contract {
   // KESTREL_CHECK=1 and no graph is being captured (it copies the indices to the host and synchronizes the stream).
   void indices(Stream stream, const char* name, const Tensor& tensor, int64_t low, int64_t high, bool skip_negative);
 
+  // "workspace": u8 [bytes or more] at a multiple of `alignment` bytes; `expected` says what is long enough.
+  void workspace(const Tensor& tensor, int64_t bytes, const char* expected, uintptr_t alignment);
+
   // After the checks: true where the tensors lie on the CPU.
   bool on_cpu() const { return device_.device_type == kDLCPU; }
 

@@ -225,13 +225,10 @@ void fused_moe(Stream stream, Tensor out, std::optional<Tensor> workspace, Tenso
   MoeArgs weights;  // what check_weights() wants to know
   weights.dtype = layer.dtype;
   weights.depth = H;
-  layer.up[0] = layer.up[1] =
-      check_weights(c, {"w_up", w_up, "w_up_scale", fp8 ? &*w_up_scale : nullptr}, weights, &E, &rows);
+  layer.up[0] = check_weights(c, {"w_up", w_up, "w_up_scale", fp8 ? &*w_up_scale : nullptr}, weights, &E, &rows);
   c.require(rows % 2 == 0, "w_up", "two halves high: an even number of rows", rows);
   const int64_t inner = rows / 2;
-  ExpertWeights& second = layer.up[1];
-  second.data = static_cast<const char*>(second.data) + inner * second.row_stride * size_of(layer.dtype);
-  if (second.scale) second.scale += inner;
+  layer.up[1] = from_row(layer.up[0], inner, layer.dtype);
   weights.depth = inner;
   layer.down = check_weights(c, {"w_down", w_down, "w_down_scale", fp8 ? &*w_down_scale : nullptr}, weights, &E, &H);
   layer.experts = E;
@@ -256,11 +253,7 @@ void fused_moe(Stream stream, Tensor out, std::optional<Tensor> workspace, Tenso
 
   const Layout layout = layout_of(layer.sizes);
   if (workspace) {
-    c.out("workspace", *workspace).dtype({DType::kU8}).rank(1, 1).contiguous();
-    c.require(workspace->shape[0] >= layout.bytes, "workspace", "fused_moe_workspace_bytes() long",
-              workspace->shape[0]);
-    c.require(reinterpret_cast<uintptr_t>(workspace->data) % 16 == 0, "workspace", "at a multiple of 16 bytes",
-              std::string("another address"));
+    c.workspace(*workspace, layout.bytes, "fused_moe_workspace_bytes() long", 16);
   } else {
     c.require(c.on_cpu() || out.empty(), "workspace", "given on CUDA", std::string("none"));
   }

@@ -77,11 +77,7 @@ Tensor unfold(const Tensor& matrix, const Tensor& like) {
 
 void check_workspace(Contract& c, const std::optional<Tensor>& workspace) {
   if (!workspace || c.on_cpu()) return;
-  c.out("workspace", *workspace).dtype({DType::kU8}).rank(1, 1).contiguous();
-  c.require(workspace->shape[0] >= kLinearWorkspaceBytes, "workspace", "linear_workspace_bytes() long",
-            workspace->shape[0]);
-  c.require(reinterpret_cast<uintptr_t>(workspace->data) % 256 == 0, "workspace", "at a multiple of 256 bytes",
-            std::string("another address"));
+  c.workspace(*workspace, kLinearWorkspaceBytes, "linear_workspace_bytes() long", 256);
 }
 
 void run(Stream stream, const Contract& c, const LinearArgs& args, const std::optional<Tensor>& workspace) {

@@ -110,7 +110,7 @@ void up(Contract& c, Stream stream, Tensor out, const Operand& x, const Operand&
   c.in(x.name, x.tensor).shape({args.tokens, args.depth});
   args.slots_per_row = args.slots;
   Dim experts("E"), rows(w2 ? "I" : "2I");
-  args.panel[0] = args.panel[1] = check_weights(c, w1, args, &experts, &rows);
+  args.panel[0] = check_weights(c, w1, args, &experts, &rows);
   args.experts = experts;
   args.width = rows;
   if (w2) {
@@ -118,9 +118,7 @@ void up(Contract& c, Stream stream, Tensor out, const Operand& x, const Operand&
   } else {
     c.require(rows % 2 == 0, w1.name, "two halves high without w2: an even number of rows", rows);
     args.width = rows / 2;
-    ExpertWeights& second = args.panel[1];
-    second.data = static_cast<const char*>(second.data) + args.width * second.row_stride * size_of(args.dtype);
-    if (second.scale) second.scale += args.width;
+    args.panel[1] = from_row(args.panel[0], args.width, args.dtype);
   }
   check_alignment(c, alignment, &args);
   check_out(c, x.scale ? DType::kBF16 : args.dtype, args.gate ? args.width : 2 * args.width, &args);
@@ -150,11 +148,7 @@ void down(Contract& c, Stream stream, Tensor out, std::optional<Tensor> workspac
   check_out(c, x.scale ? DType::kBF16 : args.dtype, args.width, &args);
   if (reduce && !c.on_cpu() && !out.empty()) {
     c.require(workspace.has_value(), "workspace", "given for reduce on CUDA", std::string("none"));
-    c.out("workspace", *workspace).dtype({DType::kU8}).rank(1, 1).contiguous();
-    c.require(workspace->shape[0] >= 4 * args.assignments(), "workspace", "4 bytes or more for each assignment",
-              workspace->shape[0]);
-    c.require(reinterpret_cast<uintptr_t>(workspace->data) % 16 == 0, "workspace", "at a multiple of 16 bytes",
-              std::string("another address"));
+    c.workspace(*workspace, 4 * args.assignments(), "4 bytes or more for each assignment", 16);
   }
   check_indices(c, stream, alignment, args);
   run(stream, c, args);

@@ -53,4 +53,11 @@ inline ExpertWeights check_weights(Contract& c, const Operand& w, const MoeArgs&
   return weights;
 }
 
+// The rows of every expert from `row` on: the second half of two that stand in one tensor.
+inline ExpertWeights from_row(ExpertWeights weights, int64_t row, DType dtype) {
+  weights.data = static_cast<const char*>(weights.data) + row * weights.row_stride * size_of(dtype);
+  if (weights.scale) weights.scale += row;
+  return weights;
+}
+
 }  // namespace kestrel

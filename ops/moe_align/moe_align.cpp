@@ -64,15 +64,15 @@ void run(Contract& c, Stream stream, const Outputs& out, const std::optional<Ten
 
   MoeAlignArgs args{};
   args.loras = lora ? int64_t{loras} : 1;
-  if (workspace && !c.on_cpu()) {
-    c.out("workspace", *workspace).dtype({DType::kU8}).rank(1, 1).contiguous();
-    c.require(reinterpret_cast<uintptr_t>(workspace->data) % 4 == 0, "workspace", "at a multiple of 4 bytes",
-              std::string("another address"));
-    args.counts = workspace->ptr<uint32_t>();
+  if (!c.on_cpu()) {
+    constexpr const char* kLong = "moe_align_workspace_bytes() long";
+    const int64_t needed = moe_align_workspace_bytes(assignments, num_experts, args.loras);
+    c.require(needed == 0 || workspace, "workspace", kLong, int64_t{0});
+    if (workspace) {
+      c.workspace(*workspace, needed, kLong, 4);
+      args.counts = workspace->ptr<uint32_t>();
+    }
   }
-  const int64_t needed = c.on_cpu() ? 0 : moe_align_workspace_bytes(assignments, num_experts, args.loras);
-  c.require(needed == 0 || (workspace && workspace->shape[0] >= needed), "workspace",
-            "moe_align_workspace_bytes() long", workspace ? workspace->shape[0] : int64_t{0});
 
   args.sorted = sorted.ptr<int32_t>();
   args.expert_ids = experts.ptr<int32_t>();
