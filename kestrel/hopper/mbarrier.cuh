@@ -22,6 +22,10 @@ __device__ __forceinline__ void fence_init_barrier() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// fence.proxy.async: what this thread has written to shared memory is seen by wgmma and bulk copies that come after a
+// barrier.
+__device__ __forceinline__ void fence_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // mbarrier.arrive: what this thread has read and written before comes before the end of the phase.
 __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -51,6 +55,11 @@ __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) 
 // bar.sync over the first `threads` threads that come to it: whole warps, id 1 to 15 (__syncthreads is 0).
 __device__ __forceinline__ void sync_threads(int id, uint32_t threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// bar.arrive: counts as one of those that sync_threads(id, threads) waits for, without waiting.
+__device__ __forceinline__ void arrive_threads(int id, uint32_t threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 }  // namespace kestrel
