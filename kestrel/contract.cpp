@@ -220,7 +220,7 @@ void Contract::workspace(const Tensor& tensor, int64_t bytes, const char* expect
   out("workspace", tensor).dtype({DType::kU8}).rank(1, 1).contiguous();
   require(tensor.shape[0] >= bytes, "workspace", expected, tensor.shape[0]);
   if (reinterpret_cast<uintptr_t>(tensor.data) % alignment != 0)
-    fail(ErrorKind::kValueError, "workspace", "at a multiple of " + std::to_string(alignment) + " bytes",
+    fail(ErrorKind::kValueError, "workspace", "be at a multiple of " + std::to_string(alignment) + " bytes",
          "another address");
 }
 
