@@ -1,6 +1,6 @@
-"""flash_attn_with_kvcache for few queries: decoding and speculative tokens, over every layout, on every backend; on CUDA
-also the kernels' promises: graphs replayed with other lengths, the same bits again and whatever the neighbours, and keys
-that the kernel before has only just written."""
+"""flash_attn_with_kvcache for few queries, decoding and speculative tokens, over every layout and on every backend. On
+CUDA also the kernels' promises: graphs replayed with other lengths, the same bits again and whatever the neighbours,
+keys that the kernel before has only just written."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 #include "ops/attention/decode.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kestrel/launch.h"
 #include "ops/attention/decode_args.h"
@@ -42,8 +43,8 @@ bool decode_args(const AttentionProblem& p, const DecodeHints& h, DecodeArgs* ar
   const int64_t page_size = p.page_table ? p.page_size : std::max<int64_t>(p.k_len, 1);
   uint32_t units[3];
   if (p.cu_seqlens_q || p.cu_seqlens_k || p.q_len > 16 || p.k_len == 0 || p.k_len >= kMostKeys || p.batch > 65535 ||
-      p.q_heads * p.q_len > 65535 || p.head_size * kv_size % 16 || p.head_size % 8 || page_size >= kMostKeys ||
-      p.batch * p.page_table_stride >= int64_t{1} << 31 || pages >= int64_t{1} << 31)
+      p.q_heads * p.q_len > 65535 || p.head_size > 128 || p.head_size * kv_size % 16 || p.head_size % 8 ||
+      page_size >= kMostKeys || p.batch * p.page_table_stride >= int64_t{1} << 31 || pages >= int64_t{1} << 31)
     return false;
   if (p.k_stride != p.v_stride || reinterpret_cast<uintptr_t>(p.k) % 16 || reinterpret_cast<uintptr_t>(p.v) % 16 ||
       !in_units(p, pages, page_size, units) || !in_vectors(p.q, p.q_stride, 8) || !in_vectors(p.out, p.out_stride, 4))
@@ -79,77 +80,107 @@ bool decode_args(const AttentionProblem& p, const DecodeHints& h, DecodeArgs* ar
   return true;
 }
 
-bool set_plan(const DecodePlan& plan, int64_t k_heads, const DecodeHints& h, DecodeArgs* args) {
-  DecodeArgs& a = *args;
-  const int64_t row_tiles = plan.heads ? 1 : ceil_div(a.rows, 8);
-  a.by_row_tiles = Divider<uint32_t>(row_tiles);
-  a.groups = static_cast<int>(k_heads / std::max(plan.heads, 1) * row_tiles);
-  a.splits = plan.splits, a.share = plan.share, a.slots = plan.slots;
-  if (plan.merge != Merge::kGrid) return true;
-  const int64_t blocks = int64_t{a.batch} * a.groups;
-  const int64_t parts = plan.slots ? 2 * plan.slots : blocks * plan.splits;
+// What a split of a group of heads or rows leaves in the workspace, its share of the counters included.
+int64_t split_bytes(const DecodePlan& plan) {
   const int64_t rows = plan.heads ? plan.heads : 8;
-  const int64_t bytes = parts * (rows * plan.size / 4 + (rows + 1) / 2) * 16;
-  a.partials = static_cast<float4*>(h.workspace);
-  a.counters = reinterpret_cast<uint64_t*>(static_cast<char*>(h.workspace) + bytes);
-  return h.workspace && bytes + parts * 8 <= kAttentionWorkspaceBytes;
+  return (rows * plan.size / 4 + (rows + 1) / 2) * 16 + 8;
+}
+int64_t groups_of(const DecodePlan& plan, int64_t k_heads, int64_t rows) {
+  return plan.heads ? k_heads / plan.heads : k_heads * ceil_div(rows, 8);
 }
 
-// The rule, from the times of all tiles at the shapes of benchmarks/targets.json (one H200).
-DecodePlan decode_plan(const AttentionProblem& p, const DecodeHints& h) {
-  const int64_t rows = p.q_heads / p.k_heads * p.q_len, sequences = p.batch * p.k_heads;
-  const int64_t keys = p.window_left >= 0 ? std::min(h.most_keys, p.window_left + p.q_len) : h.most_keys;
-  const bool narrow = p.kv_dtype == DType::kE4M3, whole = p.head_size == 64;
-  DecodePlan plan{.size = p.head_size <= 64 ? 64 : 128, .heads = 0, .batches = p.head_size <= 64 ? 2 : 1};
-  const int64_t total = sequences * keys * p.head_size * size_of(p.kv_dtype) * 2;
-  if (whole && rows == 1) {
-    // Several heads share the work on a fragment: worth more the less there is to load for it.
-    plan.heads = total < (16 << 20) || p.k_heads % 2 ? 1 : 2;
-    if (!narrow && total < (256 << 20)) plan.heads = 1;
+bool set_plan(const DecodePlan& plan, int64_t k_heads, const DecodeHints& h, DecodeArgs* args) {
+  DecodeArgs& a = *args;
+  a.by_row_tiles = Divider<uint32_t>(plan.heads ? 1 : ceil_div(a.rows, 8));
+  a.groups = static_cast<int>(groups_of(plan, k_heads, a.rows));
+  a.splits = plan.splits, a.share = plan.share, a.slots = plan.slots;
+  if (plan.merge != Merge::kGrid) return true;
+  // Of sequences of more than 1.3 shares, twice as many parts as slots there cannot be.
+  const int64_t parts = plan.slots ? 2 * plan.slots : int64_t{a.batch} * a.groups * plan.splits;
+  a.partials = static_cast<float4*>(h.workspace);
+  a.counters = reinterpret_cast<uint64_t*>(static_cast<char*>(h.workspace) + parts * (split_bytes(plan) - 8));
+  return h.workspace && parts * split_bytes(plan) <= kAttentionWorkspaceBytes;
+}
+
+// `count` sequences from number `first` on, alone.
+AttentionProblem some_of(AttentionProblem p, int64_t first, int64_t count) {
+  const auto advance = [&](auto* data, int64_t elements, int64_t size) {
+    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(data)>>, const char, char>;
+    return reinterpret_cast<decltype(data)>(reinterpret_cast<Byte*>(data) + first * elements * size);
+  };
+  p.batch = count;
+  p.out = advance(p.out, p.out_stride.batch, size_of(p.q_dtype));
+  p.q = advance(p.q, p.q_stride.batch, size_of(p.q_dtype));
+  if (p.lse) p.lse += first * p.lse_stride.batch;
+  if (p.seqused_k) p.seqused_k += first;
+  if (p.prefix_lens) p.prefix_lens += first;
+  if (p.page_table) {
+    p.page_table += first * p.page_table_stride;
+  } else {
+    p.k = advance(p.k, p.k_stride.batch, size_of(p.kv_dtype));
+    p.v = advance(p.v, p.v_stride.batch, size_of(p.kv_dtype));
   }
-  const int tokens = plan.batches * 16 / std::max(plan.heads, 1);
-  const int64_t groups = p.k_heads / std::max(plan.heads, 1) * (plan.heads ? 1 : ceil_div(rows, 8));
-  const int64_t blocks = p.batch * groups, steps = std::max<int64_t>(ceil_div(keys, tokens), 1);
-  const int most = plan.size == 64 && plan.heads ? 16 : narrow ? 16 : 12;  // warps that an SM holds, and a block
-  const auto warps_for = [&](int64_t at_once, int64_t steps) {             // of blocks of which so many share an SM
-    int warps = most;
-    while (warps > 2 && (warps * at_once > most || warps > steps)) warps = warps == 12 ? 8 : warps / 2;
-    return warps;
+  return p;
+}
+
+// The rule. It follows the times of all tiles at decode's rows of benchmarks/targets.json, one H200.
+DecodePlan decode_plan(const AttentionProblem& p, const DecodeHints& h) {
+  const int64_t rows = p.q_heads / p.k_heads * p.q_len, sms = sm_count();
+  const int64_t keys = p.window_left >= 0 ? std::min(h.most_keys, p.window_left + p.q_len) : h.most_keys;
+  const bool narrow = p.kv_dtype == DType::kE4M3, by_heads = p.head_size == 64 && rows == 1;
+  DecodePlan plan{};
+  plan.size = p.head_size <= 64 ? 64 : 128;
+  plan.batches = plan.size == 64 ? 2 : 1;
+  const auto groups = [&] { return groups_of(plan, p.k_heads, rows); };
+  const auto steps = [&] { return ceil_div(keys, plan.batches * 16 / std::max(plan.heads, 1)); };
+  // Warps of a block, a power of two or 12: `wanted` of them, rounded down, and none without keys.
+  const auto warps = [&](int64_t wanted, int64_t most) {
+    wanted = std::min(wanted, std::max<int64_t>(most, 2));
+    return wanted >= 16 ? 16 : wanted >= 12 ? 12 : wanted >= 8 ? 8 : wanted >= 4 ? 4 : 2;
   };
   if (h.batch_invariant) {
-    // Everything but the number of blocks follows from the sequence alone.
-    plan.heads = whole && rows == 1 ? 1 : 0;
+    // Nothing but the number of blocks follows from more than the sequence and the room there is for it.
+    plan.heads = by_heads ? 1 : 0;
     plan.merge = Merge::kGrid;
-    plan.warps = 4;
-    plan.share = static_cast<int>(std::max<int64_t>(512, ceil_div(p.k_len, 32)));
+    const int64_t fit = kAttentionWorkspaceBytes / (groups() * split_bytes(plan));
+    plan.share = static_cast<int>(std::max<int64_t>(512, ceil_div(p.k_len, std::clamp<int64_t>(fit, 1, 16))));
     plan.splits = static_cast<int>(ceil_div(p.k_len, plan.share));
     return plan;
   }
-  if (h.num_splits > 0) {
+  const int64_t sequences = p.batch * p.k_heads;
+  const bool whole = sequences * 10 >= 9 * sms;  // blocks enough without splits
+  // Two heads in a block share the work on a fragment, which pays where memory alone binds, and in e4m3 sooner.
+  if (by_heads) plan.heads = p.k_heads % 2 == 0 && sequences * keys >= (narrow ? 1 << 17 : 1 << 20) ? 2 : 1;
+  const int64_t blocks = p.batch * groups();
+  if (h.num_splits > 1) {
+    plan.merge = Merge::kGrid;
     plan.splits = static_cast<int>(std::min<int64_t>(h.num_splits, kMostSplits));
-    plan.merge = plan.splits == 1 ? Merge::kBlock : Merge::kGrid;
-    plan.warps = warps_for(ceil_div(blocks * plan.splits, sm_count()), ceil_div(steps, plan.splits));
+    plan.warps = warps(std::min<int64_t>(16 * sms / (blocks * plan.splits), 8), steps() / plan.splits);
     return plan;
   }
-  const int64_t sms = sm_count();
-  if (blocks * 10 >= sms * 9 && (keys <= 4096 || blocks >= 8 * sms)) {
-    plan.merge = Merge::kBlock;
-    plan.warps = warps_for(ceil_div(blocks, sms), ceil_div(steps, 2));
+  if (h.num_splits == 1 || (whole && (keys <= 4096 || blocks > 8 * sms))) {
+    const int64_t wanted = blocks < sms ? 12 : std::max<int64_t>(16 * sms / blocks, keys > 1024 ? 8 : 2);
+    plan.warps = warps(wanted, ceil_div(steps(), 2));
+    if (p.head_size == 128 && !narrow && blocks >= 3 * sms) plan.batches = 2, plan.warps = 2;
     return plan;
   }
-  if (steps <= 96) {
+  if (keys <= 2048) {
     plan.merge = Merge::kCluster;
-    plan.splits = groups * p.batch <= 8 ? 16 : 8;
-    while (plan.splits > 2 && (plan.splits * blocks > 2 * sms || plan.splits > steps)) plan.splits /= 2;
-    plan.warps = warps_for(1, ceil_div(steps, plan.splits));
-    plan.warps = std::min(plan.warps, 8);
+    if (p.head_size == 128) plan.batches = 2;
+    plan.splits = blocks <= 8 ? 16 : 8;
+    while (plan.splits > 2 && (plan.splits * blocks > 2 * sms || plan.splits > steps())) plan.splits /= 2;
+    // A step for each warp; two where that makes more warps than start at once.
+    const int64_t needed = ceil_div(steps(), plan.splits * (plan.splits * blocks > sms && !narrow ? 2 : 1));
+    plan.warps = needed > 4 ? 8 : needed > 2 ? 4 : 2;
     return plan;
   }
+  if (p.batch * p.k_len >= int64_t{1} << 31) return plan;  // the sum of the lengths, too, fits 32 bits
   plan.merge = Merge::kGrid;
-  plan.warps = 8;
-  const int64_t slots = sms * (most / plan.warps);
+  if (narrow && p.head_size == 128) plan.batches = 2;
+  plan.warps = plan.heads == 1 ? 4 : 8;
+  const int64_t slots = plan.heads ? 16 / plan.warps * sms : sms;
   if (p.batch == 1)
-    plan.splits = static_cast<int>(std::clamp<int64_t>(slots / groups, 1, std::min<int64_t>(kMostSplits, steps / 8)));
+    plan.splits = static_cast<int>(std::clamp<int64_t>(slots / blocks, 1, std::min<int64_t>(kMostSplits, steps() / 4)));
   else
     plan.slots = static_cast<int>(slots);
   return plan;
@@ -159,7 +190,16 @@ const char* attention_decode(Stream stream, const AttentionProblem& p, const Dec
   DecodeArgs args;
   if (compute_capability() != 90 || !decode_args(p, h, &args)) return nullptr;
   DecodePlan plan = decode_plan(p, h);
-  if (!set_plan(plan, p.k_heads, h, &args)) {  // no room for splits
+  if (!set_plan(plan, p.k_heads, h, &args)) {
+    const int64_t at_once = plan.slots || !h.workspace
+                                ? 0
+                                : kAttentionWorkspaceBytes / (int64_t{args.groups} * plan.splits * split_bytes(plan));
+    if (at_once > 0) {  // the workspace holds the splits of so many sequences
+      const char* name = nullptr;
+      for (int64_t b = 0; b < p.batch; b += at_once)
+        name = attention_decode(stream, some_of(p, b, std::min(at_once, p.batch - b)), h);
+      return name;
+    }
     plan.merge = Merge::kBlock;
     plan.splits = plan.share = plan.slots = 0;
     set_plan(plan, p.k_heads, h, &args);

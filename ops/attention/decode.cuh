@@ -121,12 +121,7 @@ class Gather {
   }
   __device__ __forceinline__ void prefetch_step(const Places& places) const {
     if (lane_ >= Tile::kTokens || !places.seen) return;
-#ifdef KESTREL_DECODE_BENCH
-    const int kLine = a_.prefetch;
-    if (!kLine) return;
-#else
     constexpr int kLine = 128;
-#endif
     const int bytes = a_.head_size * static_cast<int>(sizeof(typename Tile::KV));
 #pragma unroll 1
     for (int head = 0; head < Tile::kHeads; ++head)
@@ -252,21 +247,14 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
   constexpr Merge kMerge = Tile::kMerge;
   constexpr int kBatches = Tile::kBatches, kTokens = Tile::kTokens, kColumns = Tile::kColumns;
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-#ifdef KESTREL_DECODE_BENCH
-  if (a.trigger == 1) release_successor();
-#endif
   if constexpr (kMerge == Merge::kCluster) cluster_begun_arrive();
-  // Scales are as good as weights: nothing writes them during the run.
   // Scales are as good as weights: nothing writes them during the run.
   const float k_scale = a.has(a.kScales) && a.k_scale_at ? *a.k_scale_at : 1.0f;
 
   bool waited = false;
   const auto wait = [&] {
     wait_for_predecessor();
-#ifdef KESTREL_DECODE_BENCH
-    if (a.trigger == 0)
-#endif
-      release_successor();
+    release_successor();
     waited = true;
   };
   const uint32_t thread = this_thread(), lane = thread % kWarp, g = lane / 4, t = lane % 4;
@@ -288,6 +276,7 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
     entries[0] = gather.entry(token);
     entries[1] = gather.entry(token + stride);
     compute_now(q_row);
+    if (Tile::kWhole || t * (Tile::kSize / 4) < a.head_size) prefetch(q_row + t * (Tile::kSize / 4));
   };
   if constexpr (kMerge != Merge::kGrid) {
     find_item<kMerge>(a, &item);
@@ -295,8 +284,10 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
   }
   int length, prefix, end;
   Places here{};
-  uint32_t page = 0;
-  // Once for sure; before that, where lengths and pages may still be being written, on trial: to have the keys in L2.
+  uint32_t page = 0, q[Tile::kSize / 16][2];
+  Step<Tile> step;
+  // What the predecessor may be writing is read before the wait on trial only, to have the keys in L2 by then. After
+  // it, they are loaded from where they were found while lengths and pages are read again: if these changed, once more.
   for (;;) {
     if constexpr (kMerge == Merge::kGrid) {
       if (!find_item<kMerge>(a, &item)) {
@@ -320,10 +311,29 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
     prefix = prefix_of(a, item.batch);
     end = visible(a, length, prefix, Tile::kRows ? rows.query(a, Tile::kMostRows) : 0).last;
     here = gather.places(token, first_page, end);
-    if (waited || a.fresh >= 0 && (token >= end || token + kTokens <= length - a.fresh)) break;
-    gather.prefetch_step(here);
-    wait();
-    if (a.fresh >= 0) break;
+    bool on_trial = false;
+    if (!waited && (a.fresh < 0 || (token < end && token + kTokens > length - a.fresh))) {
+      gather.prefetch_step(here);
+      wait();
+      on_trial = a.fresh < 0;
+      // Another plan, perhaps, or another first key.
+      if (on_trial && (a.has(a.kWindow) || (kMerge == Merge::kGrid && a.splits_vary()))) continue;
+    }
+    gather.load_k(step, here);
+    gather.load_v(step, here);
+    if (!waited) wait();
+    uint32_t pages_again[2] = {first_page, page};
+    int length_again = length, prefix_again = prefix;
+    if (on_trial) {
+      pages_again[0] = gather.page_on_trial(entries[0]);
+      pages_again[1] = gather.page_on_trial(entries[1]);
+      length_again = length_of(a, item.batch);
+      prefix_again = prefix_of(a, item.batch);
+    }
+    load_q<Tile>(q, q_row, t, a.head_size);
+    const bool same =
+        (pages_again[0] == first_page) & (pages_again[1] == page) & (length_again == length) & (prefix_again == prefix);
+    if (!on_trial || __all_sync(~0u, same)) break;
   }
   if (kMerge == Merge::kGrid && thread == 0) shared_item() = item;  // it would take registers from the loop
 
@@ -333,13 +343,6 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
   const bool odd = Tile::kHeads > 1 && g % 2;  // the head of the thread's keys is the second of its two columns
   if (token < end) {
     const Gather<Tile> gather(a, lane, item.batch, rows.head);
-    Step<Tile> step;
-    gather.load_k(step, here);
-    gather.load_v(step, here);
-    if (!waited) wait();
-
-    uint32_t q[Tile::kSize / 16][2];
-    load_q<Tile>(q, q_row, t, a.head_size);
     Range columns[kColumns];  // what the thread's own rows see, where they differ
     if (Tile::kRows && a.q_len > 1) {
 #pragma unroll
@@ -472,10 +475,6 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
       sum[u] += shuffle_xor(sum[u], 16);
     }
   }
-  if (!waited) wait();
-#ifdef KESTREL_DECODE_BENCH
-  if (a.trigger == 2) release_successor();
-#endif
   merge_block<Tile>(a, out, top, sum);
 }
 

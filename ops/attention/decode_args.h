@@ -31,6 +31,7 @@ struct DecodeArgs {
 
   enum Feature : uint32_t { kCausal = 1, kWindow = 2, kPrefix = 4, kSoftcap = 8, kSink = 16, kLse = 32, kScales = 64 };
   __device__ __forceinline__ bool has(uint32_t of) const { return features & of; }
+  __device__ __forceinline__ bool splits_vary() const { return slots || share; }  // with the lengths
 
   int batch, groups;  // groups: the blocks of one sequence, if it is not split
   int share, slots, least;
@@ -46,9 +47,6 @@ struct DecodeArgs {
   float* lse;
   AttentionStrides lse_stride;
   DType sink_dtype;
-#ifdef KESTREL_DECODE_BENCH
-  int trigger, prefetch;
-#endif
 };
 
 constexpr int kMostSplits = 64;
@@ -68,6 +66,7 @@ struct DecodePlan {
 
 // The problem in the kernels' terms; false if they cannot take it.
 bool decode_args(const AttentionProblem& problem, const DecodeHints& hints, DecodeArgs* args);
+DecodePlan decode_plan(const AttentionProblem& problem, const DecodeHints& hints);
 // False if the workspace does not hold its splits.
 bool set_plan(const DecodePlan& plan, int64_t k_heads, const DecodeHints& hints, DecodeArgs* args);
 

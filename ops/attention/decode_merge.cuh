@@ -181,11 +181,16 @@ struct Target {
     if (a.has(a.kSink)) sink = sink_of(a, head) * 1.44269504f;
     if (a.has(a.kLse) && d == 0) lse = a.lse + a.lse_stride.at(batch, query, head);
   }
-  __device__ __forceinline__ void write(float v_scale, const Part& part) const {
+  __device__ __forceinline__ void write(const DecodeArgs& a, float v_scale, const Part& part) const {
     if (!out) return;
-    const float top = fmaxf(part.top, sink), base = base_of(top), shrink = fast_exp2(part.top - base);
-    const float sum = part.sum * shrink + fast_exp2(sink - base);
-    const float by = sum == 0.0f ? 0.0f : shrink * v_scale * fast_reciprocal(sum);
+    float top = part.top, sum = part.sum, by = v_scale;
+    if (a.has(a.kSink)) {
+      top = fmaxf(top, sink);
+      const float shrink = fast_exp2(part.top - base_of(top));
+      sum = sum * shrink + fast_exp2(sink - base_of(top));
+      by *= shrink;
+    }
+    by = sum == 0.0f ? 0.0f : by * fast_reciprocal(sum);
     *reinterpret_cast<uint2*>(out) = {from_float2<Q>(part.out.x * by, part.out.y * by),
                                       from_float2<Q>(part.out.z * by, part.out.w * by)};
     if (lse) *lse = sum == 0.0f ? -std::numeric_limits<float>::infinity() : (top + log2f(sum)) * 0.69314718f;
@@ -198,6 +203,11 @@ __device__ __forceinline__ Part sum_parts(bool any, int parts, int log, Load loa
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const int lane = threadIdx.x & ((1 << log) - 1);
   Part all{-kInfinity, 0.0f, {}};
+  const auto scale = [&](float by) {
+    all.sum *= by;
+    all.out = {all.out.x * by, all.out.y * by, all.out.z * by, all.out.w * by};
+  };
+#pragma unroll 1
   for (int first = 0; first < parts; first += kBatch << log) {
     Part p[kBatch];
     float top = all.top;
@@ -209,9 +219,9 @@ __device__ __forceinline__ Part sum_parts(bool any, int parts, int log, Load loa
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) top = fmaxf(top, p[i].top);
-    for (int lanes = 1 << log >> 1; lanes > 0; lanes >>= 1) top = fmaxf(top, shuffle_xor(top, lanes));
-    const float base = base_of(top), shrink = fast_exp2(all.top - base);
-    all = {top, all.sum * shrink, {all.out.x * shrink, all.out.y * shrink, all.out.z * shrink, all.out.w * shrink}};
+    const float base = base_of(top);
+    if (first > 0) scale(fast_exp2(all.top - base));
+    all.top = top;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const float weight = fast_exp2(p[i].top - base);
@@ -222,6 +232,11 @@ __device__ __forceinline__ Part sum_parts(bool any, int parts, int log, Load loa
       all.out.w = fmaf(p[i].out.w, weight, all.out.w);
     }
   }
+  if (log == 0) return all;
+  float top = all.top;
+  for (int lanes = 1 << log >> 1; lanes > 0; lanes >>= 1) top = fmaxf(top, shuffle_xor(top, lanes));
+  scale(fast_exp2(all.top - base_of(top)));
+  all.top = top;
   for (int lanes = 1 << log >> 1; lanes > 0; lanes >>= 1) {
     all.sum += shuffle_xor(all.sum, lanes);
     all.out.x += shuffle_xor(all.out.x, lanes);
@@ -365,7 +380,7 @@ __device__ __forceinline__ void merge_block(const DecodeArgs& a, float (&out)[Ti
     else
       __syncthreads();
     while (first < mine) {
-      target.write(v_scale, sum_parts<4>(unit < mine, parts, a.part_log, load));
+      target.write(a, v_scale, sum_parts<4>(unit < mine, parts, a.part_log, load));
       first += warps * warp_units;
       unit += warps * warp_units;
       if (first < mine) target = target_of();
@@ -380,7 +395,7 @@ __device__ __forceinline__ void merge_block(const DecodeArgs& a, float (&out)[Ti
       const Part part = sum_parts<4>(unit < units, parts, a.part_log, load);
       if (!writes || unit >= units) continue;
       if (item.splits == 1) {
-        Target<Tile>(a, item.batch, rows, unit / kRowUnits, unit % kRowUnits * 4).write(v_scale, part);
+        Target<Tile>(a, item.batch, rows, unit / kRowUnits, unit % kRowUnits * 4).write(a, v_scale, part);
         continue;
       }
       float4* slot = slots + item.split * kSlot;
@@ -389,25 +404,31 @@ __device__ __forceinline__ void merge_block(const DecodeArgs& a, float (&out)[Ti
         reinterpret_cast<float2*>(slot + Tile::kMostRows * kRowUnits)[unit / kRowUnits] = {part.top, part.sum};
     }
     if (item.splits == 1) return;
+    // The last block's work, found while the parts are on their way.
+    const int split_units = kWarp >> a.split_log;
+    const bool ends = (lane & ((1 << a.split_log) - 1)) == 0;
+    int from = warp * split_units, u = from + static_cast<int>(lane >> a.split_log);
+    const auto target_of = [&] {
+      return Target<Tile>(a, item.batch, rows, ends && u < units ? u / kRowUnits : Tile::kMostRows, u % kRowUnits * 4);
+    };
+    Target<Tile> target = target_of();
     __shared__ bool last;
     __syncthreads();
     if (thread == 0) last = arrives_last(a.counters + item.slot, item.splits);
     __syncthreads();
     if (!last) return;
-    // Here the latency of the workspace counts: all loads of a thread at once.
-    const int split_units = kWarp >> a.split_log;
-    const bool ends = (lane & ((1 << a.split_log) - 1)) == 0;
-    for (int from = warp * split_units; from < units; from += warps * split_units) {
-      const int u = from + (lane >> a.split_log);
-      const auto load_left = [&](int number) {
-        const float4* slot = slots + number * kSlot;
-        const float2 top_sum =
-            __ldcg(reinterpret_cast<const float2*>(slot + Tile::kMostRows * kRowUnits) + u / kRowUnits);
-        return Part{top_sum.x, top_sum.y, __ldcg(slot + u)};
-      };
-      const Part part = sum_parts<8>(u < units, item.splits, a.split_log, load_left);
-      Target<Tile>(a, item.batch, rows, ends && u < units ? u / kRowUnits : Tile::kMostRows, u % kRowUnits * 4)
-          .write(v_scale, part);
+    // The latency of the workspace counts: many loads at once.
+    const auto load_left = [&](int number) {
+      const float4* slot = slots + number * kSlot;
+      const float2 top_sum =
+          __ldcg(reinterpret_cast<const float2*>(slot + Tile::kMostRows * kRowUnits) + u / kRowUnits);
+      return Part{top_sum.x, top_sum.y, __ldcg(slot + u)};
+    };
+    while (from < units) {
+      target.write(a, v_scale, sum_parts<8>(u < units, item.splits, a.split_log, load_left));
+      from += warps * split_units;
+      u += warps * split_units;
+      if (from < units) target = target_of();
     }
   }
 }

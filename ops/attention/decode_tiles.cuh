@@ -23,16 +23,11 @@ void launch_tile(Stream stream, DecodeArgs& a, const DecodePlan& plan) {
     shape.blocks = plan.slots ? whole + plan.slots : whole * plan.splits;
     shape.blocks_y = 1;
   }
-  // As many lanes as there are parts, or threads for the elements of out, four a lane.
+  // Four to eight parts for each lane of an element; of the splits one or two, their loads take longer.
   const int parts = plan.warps * (kMerge == Merge::kCluster ? plan.splits : 1);
-  const int units = rows * Tile::kSize / 4, mine = kMerge == Merge::kCluster ? ceil_div(units, plan.splits) : units;
-  const auto log_lanes = [&](int parts, int units) {
-    int log = 0;
-    while (log < 5 && 1 << log < parts && units << (log + 1) <= shape.threads) ++log;
-    return log;
-  };
-  a.part_log = log_lanes(parts, mine);
-  a.split_log = log_lanes(kMostSplits, units);
+  a.part_log = a.split_log = 0;
+  while (8 << a.part_log < parts) ++a.part_log;
+  while (a.split_log < 3 && rows * Tile::kSize / 4 << (a.split_log + 1) <= shape.threads) ++a.split_log;
   shape.shared_bytes = merge_bytes<Tile>(rows, plan.warps, plan.splits);
   launch<decode_kernel<Tile>>(stream, shape, a);
 }

@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 _ARGUMENTS = (
-    "out lse workspace q {k} {v} cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_k page_table causal prefix_len "
-    "window_left window_right softmax_scale softcap learnable_sink k_scale v_scale num_splits fresh_tokens "
+    "out lse workspace q {k} {v} cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_k page_table causal "
+    "prefix_len window_left window_right softmax_scale softcap learnable_sink k_scale v_scale num_splits fresh_tokens "
     "batch_invariant"
 )
 _func = Op("flash_attn_func", _ARGUMENTS.format(k="k", v="v"), writes="out lse workspace")
@@ -201,9 +201,12 @@ def flash_attn_with_kvcache(
             all that the table, or the cache, can hold.
         max_seqlen_k: the host's bound on the lengths; None: what the table can hold.
         fresh_tokens: only the newest so many tokens of a sequence may still be being written by the kernel before this
-            one; None: all. Without effect on the CPU.
-        batch_invariant: fix the split of the keys, so that a request's bits do not depend on its neighbours. On the CPU
-            they never do.
+            one; None: all. Older tokens, lengths and page table are then read while that kernel still runs. It must not
+            be one that lets its successor start before its own turn has come: a product of `linear`, `fused_mlp` or the
+            MoE. (In practice it is `rope_and_cache`.) None is always right. Without effect on the CPU.
+        batch_invariant: fix the split of the keys, so that a request's bits depend on its own length and the room for
+            it alone (max_pages * page_size), not on its neighbours. On the CPU they never do. On the GPU it costs what
+            the best split for the batch would have gained.
         The others, the result and the errors: those of `flash_attn_func`.
     """
     return _attention(
