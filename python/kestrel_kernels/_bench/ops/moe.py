@@ -196,7 +196,7 @@ class FusedMoe(MoeProduct):
 
     def __init__(self, case: str) -> None:
         super().__init__(case)
-        self.function = "moe_layer.fused_moe"
+        self.function = "cute_moe.fused_moe"
         self.arguments = f"x w_up w_down topk_weights topk_ids out= {self.options}"
 
     def inputs(self, make: Maker) -> Set:
