@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kestrel_kernels._bench.entry import Entry, Maker, Set
+from kestrel_kernels.cute_moe import CuteMoeConfig, get_cute_moe_block_m
 
 _ROUTING = "topk_weights topk_ids sorted_token_ids expert_ids num_tokens_post_pad"
 _Cast = Callable[[torch.Tensor], torch.Tensor]
@@ -42,6 +43,7 @@ class MoeProduct(Entry):
     slots: int
     operands = ""  # x and the weights; in fp8 each is followed by its scale
     options = ""
+    compiles = False  # `eager` is a loop over the experts
 
     def __init__(self, case: str) -> None:
         super().__init__(case)
@@ -49,7 +51,7 @@ class MoeProduct(Entry):
         names = self.operands.split()
         if self.dtype == "fp8":
             names = [part for name in names for part in (name, f"{name}_scale")]
-        self.arguments = f"{' '.join(names)} {_ROUTING} out= {self.options}"
+        self.arguments = f"{' '.join(names)} {_ROUTING} out= config= {self.options}"
         self.function = f"cute_moe.invoke_cute_{self.op}{'_fp8' if self.dtype == 'fp8' else ''}"
 
     def _operand(self, make: Maker, name: str, *shape: int, scale: float = 1.0) -> Set:
@@ -59,18 +61,14 @@ class MoeProduct(Entry):
         return {name: make.normal(*shape, scale=8.0).to(torch.float8_e4m3fn), f"{name}_scale": scales}
 
     def _routing(self, make: Maker) -> Set:
-        from kestrel_kernels.cute_moe import get_cute_moe_block_m
-
-        block_m = get_cute_moe_block_m(
-            self.tokens,
-            num_experts=self.experts,
-            hidden_size=self.hidden,
-            intermediate_size=self.inner,
-            dtype=self.dtype,
-        )
         chosen = make.normal(self.tokens, self.experts, dtype="float32").topk(self.slots)
-        ids = chosen.indices.int()
-        return {"topk_weights": chosen.values.softmax(-1), "topk_ids": ids, **align(ids, self.experts, block_m)}
+        return self.tiled({"topk_weights": chosen.values.softmax(-1), "topk_ids": chosen.indices.int()}, None)
+
+    def tiled(self, s: Set, config: CuteMoeConfig | None) -> Set:
+        """The same arguments with the ids aligned for a config; None: for the one that the package chooses."""
+        sizes = {"num_experts": self.experts, "hidden_size": self.hidden, "intermediate_size": self.inner}
+        block_m = config.block_m if config else get_cute_moe_block_m(self.tokens, **sizes, dtype=self.dtype)
+        return {**s, **align(s["topk_ids"], self.experts, block_m), "config": config}
 
     @property
     def _assignments(self) -> int:
