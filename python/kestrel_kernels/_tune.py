@@ -158,7 +158,8 @@ class Tuner:
             entry: Any = entries()[f"moe_{key.kind}"](key.layer.case(key.tokens))
             make = Maker(self.clock.device)
             first = entry.inputs(make)
-            sets = [first, *(entry.inputs(make) for _ in range(self.clock.sets_for(nbytes(first)) - 1))]
+            count = self.clock.sets_for(nbytes(first), entry.bytes)
+            sets = [first, *(entry.inputs(make) for _ in range(count - 1))]
             self._prepared = (what, (entry, sets, [r.double() for r in entry.reference(first)]))
         prepared: tuple[MoeProduct, list[Any], list[Any]] = self._prepared[1]
         return prepared
