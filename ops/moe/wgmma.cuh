@@ -70,12 +70,13 @@ struct Shape {
   };
   struct Shared {
     unsigned char ring[Tile::kStages * kStageBytes];
-    unsigned char staged[4 * Tile::kGroups][1024];
+    unsigned char staged[Tile::kGroups][2 * 4096];
     uint64_t barriers[2 * (Tile::kStages + kInfos)];
     Info info[kInfos];
     Runs<Tile::kRuns, Tile::kTokens> runs;
   };
   static constexpr size_t kSharedBytes = sizeof(Shared) + 1024;
+  static_assert((kSharedBytes + 1024) * Tile::kBlocks <= 228 * 1024, "as many blocks on an SM");
 };
 
 // cp.async.mbarrier.arrive.noinc: arrives when this thread's copies so far have landed.
@@ -88,6 +89,10 @@ __device__ __forceinline__ void store_transposed(uint32_t to, uint32_t a, uint32
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b),
                "r"(c), "r"(d)
                : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t to, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
 }
 
 template <class Tile>
@@ -233,14 +238,12 @@ template <class T, int kN>
 __device__ __forceinline__ void multiply(float (&sums)[2][kN / 2], int group, uint32_t weight_bytes, int32_t steps,
                                          Ring& ring) {
   const bool first_lane = threadIdx.x % kWarp == 0;
-  uint32_t previous = 0;
 #pragma unroll
   for (int t = 0; t < 2; ++t)
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) sums[t][i] = 0;
   for (int32_t step = 0; step < steps; ++step) {
     wait_barrier(ring.full(), ring.parity);
-    fence_shared_writes();  // copies of the gathering warps
     const uint64_t a = k_major(ring.address() + group * 2 * kUnitBytes), b = k_major(ring.address() + weight_bytes);
     if constexpr (sizeof(T) == 1) {
       constexpr int kAtOnce = kN <= 32 ? 2 : 1;
@@ -269,15 +272,10 @@ __device__ __forceinline__ void multiply(float (&sums)[2][kN / 2], int group, ui
         for (int t = 0; t < 2; ++t)
           wgmma<T, kN>(sums[t], advance(a, t * kUnitBytes + k * 32), advance(b, k * 32), true);
       wgmma_commit();
-      wgmma_wait<1>();
-      if (step > 0 && first_lane) arrive(previous);
-      previous = ring.empty();
+      wgmma_wait<0>();  // the other group keeps the tensor cores busy, and the stage is free when it can be
+      if (first_lane) arrive(ring.empty());
     }
     ring.advance();
-  }
-  if constexpr (sizeof(T) == 2) {
-    wgmma_wait<0>();
-    if (first_lane) arrive(previous);
   }
 }
 
@@ -292,27 +290,32 @@ __device__ __forceinline__ float apply_finish(const auto& args, float a, float b
   }
 }
 
-// To out: two sums of their own, or one of both. A warp has 16 columns of out for each: its threads' values are turned
-// round by way of shared memory, 16 rows of 32 bytes at a time (fp32 is written as it stands, 32 bytes to a row).
+// To out: two sums of their own, or one of both, 128 or 64 columns of the group. Its values are turned round by way of
+// shared memory, some rows at a time, and leave in whole lines; 32 bytes at a time they took as long as the products.
 template <int kN, Finish kFinish, class T, class Out>
 __device__ __forceinline__ void finish(const WgmmaArgs<T, Out>& args, const float (&sums)[2][kN / 2],
-                                       const float (&scale)[2][2], const auto& info, uint32_t staged, int32_t panel,
-                                       int32_t column) {
-  constexpr int kResults = kFinish == Finish::kPlain ? 2 : 1;
-  constexpr bool kScaled = sizeof(T) == 1;
-  const uint32_t lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
-  const uint32_t write_token = lane / 16 * 8 + lane % 8, write_half = lane / 8 % 2;
-  const uint32_t write = staged + write_token * 32 + ((write_half ^ (write_token / 4 % 2)) << 4);
-  const uint32_t read_token = lane / 2, half = lane % 2;
-  const uint32_t read = staged + read_token * 32 + ((half ^ (read_token / 4 % 2)) << 4);
-  char* const out = reinterpret_cast<char*>(args.out + int64_t{panel} * args.width);
+                                       const float (&scale)[2][2], const auto& info, uint32_t staged, int group,
+                                       int32_t panel, int32_t column, uint32_t* buffer) {
+  constexpr bool kPlain = kFinish == Finish::kPlain, kScaled = sizeof(T) == 1, kShort = sizeof(Out) == 2;
+  constexpr int kResults = kPlain ? 2 : 1, kRows = kShort ? 16 : 8;
+  constexpr uint32_t kRowBytes = kResults * 64 * sizeof(Out), kChunks = kRowBytes / 16;
+  const uint32_t thread = threadIdx.x % 128, lane = thread % kWarp, warp = thread / kWarp, g = lane / 4, q = lane % 4;
+  // Chunk c of row r lies at chunk c ^ turn(r).
+  const auto turn = [](uint32_t row) { return kShort ? row % 8 : row / 2 % 4 * 2; };
+  const uint32_t write_row = lane / 16 * 8 + lane % 8, write_chunk = warp * 2 + lane / 8 % 2;
+  const uint32_t write = staged + write_row * kRowBytes + ((write_chunk ^ turn(write_row)) << 4);
+  const uint32_t read_row = thread / kChunks, read_chunk = thread % kChunks;
+  char* const out = reinterpret_cast<char*>(args.out + int64_t{panel} * args.width + column) + read_chunk * 16;
+  const bool inside = column + static_cast<int32_t>(read_chunk * (16 / sizeof(Out))) < args.width;
 
 #pragma unroll
-  for (int tokens = 0; tokens < kN; tokens += 16) {
+  for (int tokens = 0; tokens < kN; tokens += kRows) {
+    const uint32_t to = *buffer * 4096;
+    *buffer ^= 1;
     float factor[4] = {1, 1, 1, 1};
-    if constexpr (kScaled || kFinish == Finish::kPlain) {
+    if constexpr (kScaled || kPlain) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
+      for (int h = 0; h < kRows / 8; ++h) {
         const float2 pair = *reinterpret_cast<const float2*>(&info.factor[tokens + h * 8 + q * 2]);
         factor[h * 2] = pair.x;
         factor[h * 2 + 1] = pair.y;
@@ -320,9 +323,9 @@ __device__ __forceinline__ void finish(const WgmmaArgs<T, Out>& args, const floa
     }
 #pragma unroll
     for (int result = 0; result < kResults; ++result) {
-      float values[8];  // [half of the tokens][half of the columns][token]
+      float values[kRows / 2];  // [half of the rows][half of the columns][row]
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < kRows / 2; ++i) {
         const int at = tokens / 2 + i;
         const auto scaled = [&](int t) {
           float v = sums[t][at] * factor[i / 4 * 2 + i % 2];
@@ -330,26 +333,27 @@ __device__ __forceinline__ void finish(const WgmmaArgs<T, Out>& args, const floa
           return v;
         };
         values[i] = scaled(result);
-        if constexpr (kFinish != Finish::kPlain) values[i] = apply_finish<Out, kFinish>(args, values[i], scaled(1));
+        if constexpr (!kPlain) values[i] = apply_finish<Out, kFinish>(args, values[i], scaled(1));
       }
-      const int32_t first = column + result * 64;
-      if constexpr (sizeof(Out) == 4) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const uint32_t to = info.out[tokens + i / 4 * 8 + q * 2 + i % 2];
-          const int32_t c = first + i / 2 % 2 * 8 + g;
-          if (to != kNone && c < args.width) reinterpret_cast<Out*>(out + uint64_t{to} * 16)[c] = values[i];
-        }
+      if constexpr (kShort) {
+        store_transposed(write + to + result * 128, from_float2<Out>(values[0], values[1]),
+                         from_float2<Out>(values[2], values[3]), from_float2<Out>(values[4], values[5]),
+                         from_float2<Out>(values[6], values[7]));
       } else {
-        const uint32_t buffer = (tokens / 16 * kResults + result) % 2 * 512;
-        store_transposed(write + buffer, from_float2<Out>(values[0], values[1]), from_float2<Out>(values[2], values[3]),
-                         from_float2<Out>(values[4], values[5]), from_float2<Out>(values[6], values[7]));
-        __syncwarp();
-        const uint4 row = load_shared(read + buffer);
-        const uint32_t to = info.out[tokens + read_token];
-        const int32_t c = first + half * 8;
-        if (to != kNone && c < args.width) *reinterpret_cast<uint4*>(out + uint64_t{to} * 16 + c * sizeof(Out)) = row;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t row = q * 2 + i % 2, chunk = result * 16 + warp * 4 + i / 2 * 2 + g / 4;
+          store_shared(staged + to + row * kRowBytes + ((chunk ^ turn(row)) << 4) + g % 4 * 4, values[i]);
+        }
       }
+    }
+    sync_threads(4 + group, 128);
+#pragma unroll
+    for (int i = 0; i < kResults; ++i) {
+      const uint32_t row = read_row + i * (128 / kChunks);
+      const uint4 chunk = load_shared(staged + to + row * kRowBytes + ((read_chunk ^ turn(row)) << 4));
+      const uint32_t place = info.out[tokens + row];
+      if (place != kNone && inside) *reinterpret_cast<uint4*>(out + uint64_t{place} * 16) = chunk;
     }
   }
 }
@@ -361,13 +365,14 @@ __device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename 
   const int warp = threadIdx.x / kWarp - kProducerThreads / kWarp, lane = threadIdx.x % kWarp;
   const int group = Tile::kGroups == 1 ? 0 : warp / 4;
   const int32_t steps = (args.depth + 128 / sizeof(T) - 1) / (128 / sizeof(T));
-  const uint32_t staged = shared_address(shared->staged[warp]);
+  const uint32_t staged = shared_address(shared->staged[group]);
+  uint32_t buffer = 0;
   int run = 0;
   TileWork work;
   for (uint32_t tile = blockIdx.x; shared->runs.get(tile, &run, &work); tile += gridDim.x) {
     int32_t panel, row;
     locate<Tile, kFinish>(args, work.panel_block, &panel, &row);
-    const int32_t column = row + group * (kPlain ? 128 : 64) + warp % 4 * 16;
+    const int32_t column = row + group * (kPlain ? 128 : 64);
     float scale[2][2];
     if constexpr (sizeof(T) == 1) {
 #pragma unroll
@@ -375,7 +380,7 @@ __device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename 
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int from = kPlain ? panel : t;
-          const int32_t c = min(column + (kPlain ? t * 64 : 0) + h * 8 + lane / 4, args.width - 1);
+          const int32_t c = min(column + (kPlain ? t * 64 : 0) + warp % 4 * 16 + h * 8 + lane / 4, args.width - 1);
           scale[t][h] = args.scale[from][work.expert * args.scale_stride[from] + c];
         }
     }
@@ -385,7 +390,7 @@ __device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename 
     const auto tile_of = [&]<int kN>() {
       float sums[2][kN / 2];
       multiply<T, kN>(sums, group, Shape<Tile>::kWeightBytes, steps, ring);
-      finish<kN, kFinish>(args, sums, scale, info, staged, panel, column);
+      finish<kN, kFinish>(args, sums, scale, info, staged, group, panel, column, &buffer);
     };
     if constexpr (Tile::kTokens == 32) {
       rows <= 16 ? tile_of.template operator()<16>() : tile_of.template operator()<32>();

@@ -11,7 +11,7 @@ struct WideTile {
   static constexpr int kTokens = 128, kGroups = 2, kStages = 4, kBlocks = 1, kRuns = 512;
 };
 struct NarrowTile {
-  static constexpr int kTokens = 32, kGroups = 1, kStages = 5, kBlocks = 2, kRuns = 256;
+  static constexpr int kTokens = 32, kGroups = 1, kStages = 5, kBlocks = 2, kRuns = 128;
 };
 
 enum class WgmmaTile { kNarrow, kWide };
