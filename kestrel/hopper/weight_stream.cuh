@@ -75,21 +75,40 @@ struct Weights {
   // By a whole warp, once its loads have returned: the stage may be filled anew. In program order alone the arrival can
   // overtake loads from shared memory that queue behind loads from global memory (on an H200 stages were refilled under
   // them), so it is made to depend on what was loaded last. gridDim.y is 1, which the compiler does not know.
-  __device__ __forceinline__ void release(const Ring& ring) const {
-    const bool loaded = ((lower[0].x | lower[1].x) & 2 & gridDim.y) == 0;
+  // `other`: what else was loaded from the stage.
+  __device__ __forceinline__ void release(const Ring& ring, uint32_t other = 0) const {
+    const bool loaded = ((lower[0].x | lower[1].x | other) & 2 & gridDim.y) == 0;
     __syncwarp();
     if (loaded & (threadIdx.x % kWarp == 0)) arrive(ring.empty());
   }
 };
 
 // sums += w x for one slab and 8 rows of x, of which the thread holds chunks 2q and 2q + 1 of row g. Two chains of
-// sums, which may be one.
+// sums, which may be one. e4m3, of which a slab has 128 columns and a chunk 16, goes through f16.
 template <class T>
 __device__ __forceinline__ void multiply(float (&even)[4], float (&odd)[4], const Weights& w, const uint4 (&x)[2]) {
+  if constexpr (sizeof(T) == 1) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const auto part = [&](float(&sums)[4], uint32_t upper, uint32_t lower, uint32_t row) {
+        uint32_t a[4], b[2];
+        widen(upper, &a[0], &a[2]);
+        widen(lower, &a[1], &a[3]);
+        widen(row, &b[0], &b[1]);
+        mma<f16>(sums, a[0], a[1], a[2], a[3], b[0], b[1]);
+      };
+      part(even, w.upper[h].x, w.lower[h].x, x[h].x);
+      part(odd, w.upper[h].y, w.lower[h].y, x[h].y);
+      part(even, w.upper[h].z, w.lower[h].z, x[h].z);
+      part(odd, w.upper[h].w, w.lower[h].w, x[h].w);
+    }
+    return;
+  } else {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     mma<T>(even, w.upper[h].x, w.lower[h].x, w.upper[h].y, w.lower[h].y, x[h].x, x[h].y);
     mma<T>(odd, w.upper[h].z, w.lower[h].z, w.upper[h].w, w.lower[h].w, x[h].z, x[h].w);
+  }
   }
 }
 
