@@ -15,7 +15,7 @@ constexpr int64_t kMostOneGroup = 3;          // assignments of an expert, on av
 constexpr uint32_t kSharedOfSm = 228 * 1024;  // of which each block takes 1 KB for the system
 constexpr uint32_t kRingOfTwo = 64 * 1024;    // two blocks on an SM
 constexpr uint32_t kRingOfOne = 144 * 1024;
-constexpr uint32_t kRingOfSum = 96 * 1024;
+constexpr uint32_t kRingOfSum = 64 * 1024;  // so that two kernels' blocks share an SM
 constexpr uint32_t kMostStages = 16;
 constexpr int64_t kMostStride = int64_t{1} << 37;  // elements: a tensor map holds 2^40 bytes
 
@@ -24,7 +24,8 @@ bool weights_fit(const MoeArgs& a, const ExpertWeights& w) {
   return aligned_to(w.data, 16) &&
          (a.width == 1 || (w.row_stride % part == 0 && w.row_stride >= a.depth && w.row_stride < kMostStride)) &&
          (a.experts == 1 || (w.expert_stride % part == 0 && w.expert_stride > 0 && w.expert_stride < kMostStride)) &&
-         (!w.scale || (aligned_to(w.scale, 16) && (a.experts == 1 || (w.scale_stride % 4 == 0 && w.scale_stride >= 0))));
+         (!w.scale ||
+          (aligned_to(w.scale, 16) && (a.experts == 1 || (w.scale_stride % 4 == 0 && w.scale_stride >= 0))));
 }
 
 // Two panels are one tensor: at a distance that is a stride.
@@ -41,8 +42,7 @@ bool panels_fit(const MoeArgs& a) {
 // Activations and outputs: uniform rows, activations in 16 bytes.
 bool rows_fit(const MoeArgs& a) {
   const int64_t size = a.dtype == DType::kE4M3 && a.x_scale ? 1 : 2;
-  return a.out_rows.uniform() && a.x_rows.uniform() && aligned_to(a.x, 16) &&
-         a.x_rows.inner_stride * size % 16 == 0;
+  return a.out_rows.uniform() && a.x_rows.uniform() && aligned_to(a.x, 16) && a.x_rows.inner_stride * size % 16 == 0;
 }
 
 bool lists_fit(const MoeArgs& a, int64_t count) {
@@ -80,7 +80,7 @@ std::optional<MoeWarpPlan> fit(const MoeArgs& a) {
   const uint32_t slab_columns = kSlabPitch / size_of(a.dtype);
   const auto slabs = static_cast<uint32_t>(ceil_div(a.depth, slab_columns));
   const bool two = a.assignments() > kMostOneGroup * a.experts && lists_fit(a, 16);
-  const bool deep = slabs > static_cast<uint32_t>(kMoeWarps * moe_steps(fp8, two ? 2 : 1));
+  const bool deep = slabs > static_cast<uint32_t>(kMoeWarps * moe_steps(fp8));
   if (deep && (quantizes || !lists_fit(a, 16))) return {};
   plan.kernel = deep ? 2 : two ? 1 : 0;
   const MoeWarpKernel& kernel = kMoeWarpKernels[plan.kernel];
@@ -136,7 +136,7 @@ std::optional<MoeWarpPlan> sum_fit(const MoeArgs& a) {
   const uint32_t slabs = plan->boxes ? static_cast<uint32_t>(a.depth * size_of(a.dtype) / kSlabPitch) : 0;
   plan->teams = kMostTeams;
   uint32_t multiple = kMostTeams * plan->steps;
-  if (!plan->boxes || multiple * plan->stage_bytes > kRingOfSum + 32 * 1024) {
+  if (!plan->boxes || multiple * plan->stage_bytes > 128 * 1024) {
     plan->teams = multiple = 1;
     if (plan->boxes) {
       plan->steps = ceil_div(slabs, kMostTeams * kMoeWarps);

@@ -25,8 +25,8 @@ struct MoeWarpArgs {
   Out* out;
   const char* x;
   const float* x_scale;
-  const float* w_scale[2];    // of the tile's upper and lower eight rows
-  const float* topk_weights;  // null: none are applied
+  const float* w_scale[2];                                          // of the tile's upper and lower eight rows
+  const float* topk_weights;                                        // null: none are applied
   int64_t out_stride, x_stride, scale_stride, topk_weights_stride;  // of x in bytes
   MoeRouting routing;
   Divider<uint32_t> slots_per_row, tiles, blocks;
@@ -37,8 +37,8 @@ struct MoeWarpArgs {
 
 constexpr uint32_t kScaleBytes = kTileRows * sizeof(float);  // of a stage
 
-// At columns_at, twice: while some threads finish a tile, others may be at the next pass. Behind them the warps' largest
-// magnitudes, where x is quantized.
+// At columns_at, twice: while some threads finish a tile, others may be at the next pass. Behind them the warps'
+// largest magnitudes, where x is quantized.
 template <int kGroups>
 struct MoeColumns {
   float factor[kGroups * 8];  // routing weight and scale of x
@@ -116,11 +116,11 @@ __device__ __forceinline__ float apply(Gate gate, float a, float g) {
 // The outputs of one tile of one pass; scale: of this thread's row, or of both panels'.
 template <class W, MoeLayout kLayout, int kGroups, class Out>
 __device__ __forceinline__ void finish_tile(const MoeWarpArgs<Out>& args, const float* partial, const int32_t* listed,
-                                            const MoeColumns<kGroups>& columns, const float (&scale)[2],
-                                            uint32_t tile) {
+                                            const MoeColumns<kGroups>& columns, const float (&scale)[2], uint32_t tile,
+                                            uint32_t thread) {
   constexpr uint32_t kWidth = kLayout == MoeLayout::kPlain ? 16 : 8, kCount = kGroups * 8;
   const MoeWarpPlan& plan = args.plan;
-  for (uint32_t i = threadIdx.x; i < kCount * kWidth; i += plan.warps * kWarp) {
+  for (uint32_t i = thread; i < kCount * kWidth; i += plan.warps * kWarp) {
     const uint32_t column = i / kWidth, row = i % kWidth, at = tile * kWidth + row;
     const int32_t assignment = listed[column];
     if (assignment < 0 || at >= args.width) continue;
@@ -182,13 +182,13 @@ __device__ __forceinline__ uint4 quantize(const Chunk& chunk, float reciprocal) 
 }
 
 template <class W, class X, class Out, MoeLayout kLayout, int kKernel>
-__global__ void __launch_bounds__((kMoeWarps + 1) * kWarp, kMoeWarpKernels[kKernel].blocks)
+__global__ void __launch_bounds__((kMoeWarps + 1) * kWarp, kMoeWarpKernels[kKernel].resident)
     moe_warp_kernel(const __grid_constant__ MoeWarpArgs<Out> args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr int kGroups = kMoeWarpKernels[kKernel].groups;
   constexpr bool kStreamed = kMoeWarpKernels[kKernel].streamed, kQuantize = sizeof(W) < sizeof(X);
   static_assert(!(kStreamed && kQuantize));
-  constexpr int kSteps = moe_steps(sizeof(W) == 1, kGroups);
+  constexpr int kSteps = moe_steps(sizeof(W) == 1);
   constexpr uint32_t kCount = kGroups * 8, kWidth = kLayout == MoeLayout::kPlain ? 16 : 8;
   extern __shared__ unsigned char unaligned[];
   const uint32_t base = (shared_address(unaligned) + 1023) & ~1023u;
@@ -232,6 +232,8 @@ __global__ void __launch_bounds__((kMoeWarps + 1) * kWarp, kMoeWarpKernels[kKern
   };
   const WeightLane weight_lane = WeightLane::in_boxes(warp, lane);
   uint4 x[kSteps][kGroups][2];
+  constexpr bool kWide = sizeof(W) == 1 && kGroups == 2 && !kStreamed;  // where registers allow
+  uint4 wide[kWide ? kSteps : 1][kGroups][2][2];
   uint32_t rows[kGroups];
   constexpr uint32_t kNone = ~0u;  // a column of zeros
   // Where in a row this thread's part of a slab begins, in bytes of the weights' type.
@@ -318,6 +320,13 @@ __global__ void __launch_bounds__((kMoeWarps + 1) * kWarp, kMoeWarpKernels[kKern
         mine.factor[threadIdx.x] = factor;
       }
     }
+    if constexpr (kWide)
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+        for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) widen(x[step][n][h], wide[step][n][h]);
   };
 
   for (uint32_t at = lists.items->first;; ++at) {
@@ -344,10 +353,22 @@ __global__ void __launch_bounds__((kMoeWarps + 1) * kWarp, kMoeWarpKernels[kKern
             if (kLayout != MoeLayout::kPlain) scale[1] = from[8 + threadIdx.x % kWidth];
             other = __float_as_uint(scale[0]) | __float_as_uint(scale[1]);
           }
-        const Weights weights(ring.address(), weight_lane);
+        const uint32_t first_chunk = ring.address() + weight_lane.chunk[0];
+        // Chunk by chunk, and all loads count for the release: ptxas may issue any of them last.
 #pragma unroll
-        for (int n = 0; n < kGroups; ++n) multiply<W>(sums[n], sums[n], weights, x[slot][n]);
-        weights.release(ring, other | weights.upper[0].x | weights.upper[1].x);  // ptxas may load these last
+        for (int h = 0; h < 2; ++h) {
+          const uint32_t from = first_chunk ^ h << 4;
+          const uint4 upper = load_shared(from), lower = load_shared(from + 8 * kSlabPitch);
+#pragma unroll
+          for (int n = 0; n < kGroups; ++n) {
+            if constexpr (kWide)
+              multiply(sums[n], upper, lower, wide[slot][n][h]);
+            else
+              multiply<W>(sums[n], sums[n], upper, lower, x[slot][n][h]);
+          }
+          other |= upper.x | lower.x;
+        }
+        ring.release(other);
         ring.advance();
         if constexpr (kStreamed) load_input(slot, step + kSteps < plan.steps ? step + kSteps : slot);
       }
@@ -355,16 +376,19 @@ __global__ void __launch_bounds__((kMoeWarps + 1) * kWarp, kMoeWarpKernels[kKern
     }
     // Of two buffers in turn: one is free again when its readers have come to the barrier of the next tile.
     unsigned char* const now = memory_now();
+    uint32_t thread = threadIdx.x;
+    compute_now(thread);
     float* const partial =
         reinterpret_cast<float*>(now + plan.partial_at) + at % 2 * plan.warps * kCount * kPartialPitch;
 #pragma unroll
-    for (int n = 0; n < kGroups; ++n) store_partial(partial + warp * kCount * kPartialPitch, sums[n], n * 8, kCount);
+    for (int n = 0; n < kGroups; ++n)
+      store_partial(partial + thread / kWarp * kCount * kPartialPitch, sums[n], n * 8, kCount, thread % kWarp);
     sync_threads(1, threads);
     compute_now(at);
     args.tiles(at, &item, &tile);
-    finish_tile<W, kLayout, kGroups>(args, partial, reinterpret_cast<const int32_t*>(now + plan.listed_at) + item * kCount,
-                                   reinterpret_cast<const MoeColumns<kGroups>*>(now + plan.columns_at)[item % 2], scale,
-                                   tile);
+    finish_tile<W, kLayout, kGroups>(
+        args, partial, reinterpret_cast<const int32_t*>(now + plan.listed_at) + item * kCount,
+        reinterpret_cast<const MoeColumns<kGroups>*>(now + plan.columns_at)[item % 2], scale, tile, thread);
   }
 #endif
 }
@@ -404,8 +428,8 @@ MoeWarpArgs<Out> warp_args(const MoeArgs& a, const MoeWarpPlan& plan, Out* out, 
           a.topk_weights_stride,
           {a.sorted_token_ids, a.expert_ids, a.num_tokens_post_pad, a.ids, a.expert_map, a.ids_stride,
            Divider<uint32_t>(a.slots), Divider<uint32_t>(a.ids ? 1 : a.block_m / count),
-           static_cast<uint32_t>(a.positions), static_cast<uint32_t>(a.assignments()),
-           static_cast<uint32_t>(a.experts), static_cast<uint32_t>(a.routed), plan.candidates, plan.words, a.settled},
+           static_cast<uint32_t>(a.positions), static_cast<uint32_t>(a.assignments()), static_cast<uint32_t>(a.experts),
+           static_cast<uint32_t>(a.routed), plan.candidates, plan.words, a.settled},
           Divider<uint32_t>(a.slots_per_row),
           Divider<uint32_t>(plan.tiles),
           Divider<uint32_t>(plan.blocks),
@@ -421,7 +445,8 @@ void launch_tile(Stream stream, const MoeArgs& a, const MoeWarpPlan& plan, Out* 
   const LaunchShape shape{plan.blocks, static_cast<int>((plan.warps + 1) * kWarp), 1, plan.shared_bytes};
   constexpr int kKernels = sizeof(W) < sizeof(X) ? 2 : kMoeWarpKernelCount;
   [&]<int... kKernel>(std::integer_sequence<int, kKernel...>) {
-    ((plan.kernel == kKernel ? launch<moe_warp_kernel<W, X, Out, kLayout, kKernel>>(stream, shape, args) : void()), ...);
+    ((plan.kernel == kKernel ? launch<moe_warp_kernel<W, X, Out, kLayout, kKernel>>(stream, shape, args) : void()),
+     ...);
   }
   (std::make_integer_sequence<int, kKernels>());
 }

@@ -16,19 +16,21 @@ enum class MoeLayout : uint32_t {
 };
 
 // The kernels compiled, for each dtype, tile and output: how many groups of 8 assignments of an expert a pass over its
-// weights takes, whether activations stay in registers (else they come anew for each tile), blocks on an SM.
+// weights takes, whether activations stay in registers (else they come anew for each tile), blocks on an SM, and how
+// many its registers allow: one more, so that those of the next kernel are there when it may begin.
 struct MoeWarpKernel {
   int groups;
   bool streamed;
-  int blocks;
+  int blocks, resident;
 };
-inline constexpr MoeWarpKernel kMoeWarpKernels[] = {{1, false, 2}, {2, false, 2}, {2, true, 1}};
+inline constexpr MoeWarpKernel kMoeWarpKernels[] = {{1, false, 2, 3}, {2, false, 1, 1}, {2, true, 1, 1}};
 inline constexpr int kMoeWarpKernelCount = sizeof(kMoeWarpKernels) / sizeof(MoeWarpKernel);
 // The same for all of them: the order of a sum depends on the depth alone.
-inline constexpr int kMoeWarps = 8;  // at most, beside the producer
+inline constexpr int kMoeWarps = 8;   // at most, beside the producer
+inline constexpr int kMostTeams = 2;  // of as many warps, in sums over experts
 
-// Granules of activations in registers: of e4m3 conversions take some.
-constexpr int moe_steps(bool fp8, int groups) { return fp8 && groups == 2 ? 2 : 4; }
+// Granules of activations in registers: of 2048 columns.
+constexpr int moe_steps(bool fp8) { return fp8 ? 2 : 4; }
 
 // One call of a kernel. Offsets in shared memory count from its first multiple of 1024.
 struct MoeWarpPlan {

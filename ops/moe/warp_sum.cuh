@@ -8,8 +8,6 @@
 
 namespace kestrel::cuda {
 
-constexpr int kMostTeams = 2;
-
 template <class W>
 __device__ __forceinline__ void stream_sum(const MoeWarpArgs<std::conditional_t<sizeof(W) == 1, bf16, W>>& args,
                                            Ring ring, uint32_t base, const MoeLists& lists) {
@@ -28,7 +26,7 @@ __device__ __forceinline__ void stream_sum(const MoeWarpArgs<std::conditional_t<
 }
 
 template <class W, int kGroups>
-__global__ void __launch_bounds__((kMostTeams * kMoeWarps + 1) * kWarp, 1)
+__global__ void __launch_bounds__((kMostTeams * kMoeWarps + 1) * kWarp, kGroups == 1 ? 2 : 1)
     moe_warp_sum_kernel(const __grid_constant__ MoeWarpArgs<std::conditional_t<sizeof(W) == 1, bf16, W>> args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using Out = std::conditional_t<sizeof(W) == 1, bf16, W>;
@@ -72,7 +70,7 @@ __global__ void __launch_bounds__((kMostTeams * kMoeWarps + 1) * kWarp, 1)
   };
 
   // Of the granule that comes kAhead later in this team's passes; past the last pass the last one once more.
-  constexpr int kAhead = kGroups == 1 ? 2 : 1;
+  constexpr int kAhead = kGroups == 1 && sizeof(W) == 2 ? 2 : 1;
   uint4 x[kAhead][kGroups][2];
   uint32_t ahead_item = team, ahead_step = 0;
   const auto load_ahead = [&](int slot) {
@@ -130,10 +128,16 @@ __global__ void __launch_bounds__((kMostTeams * kMoeWarps + 1) * kWarp, 1)
           scale = reinterpret_cast<const float*>(memory + plan.scales_at)[ring.stage * kTileRows + member % kTileRows];
           other = __float_as_uint(scale);
         }
-      const Weights weights(ring.address(), weight_lane);
+      const uint32_t first_chunk = ring.address() + weight_lane.chunk[0];
 #pragma unroll
-      for (int n = 0; n < kGroups; ++n) multiply<W>(sums[n], sums[n], weights, x[slot][n]);
-      weights.release(ring, other | weights.upper[0].x | weights.upper[1].x);  // ptxas may load these last
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t from = first_chunk ^ h << 4;
+        const uint4 upper = load_shared(from), lower = load_shared(from + 8 * kSlabPitch);
+#pragma unroll
+        for (int n = 0; n < kGroups; ++n) multiply<W>(sums[n], sums[n], upper, lower, x[slot][n][h]);
+        other |= upper.x | lower.x;
+      }
+      ring.release(other);
       ring.advance();
       load_ahead(slot);
       if (++step < plan.steps) return;
