@@ -12,6 +12,7 @@
 #include "kestrel/hopper/warp.cuh"
 #include "kestrel/launch.h"
 #include "ops/activation/gate.cuh"
+#include "ops/moe/warp.h"
 #include "ops/moe/wgmma.h"
 
 namespace kestrel::cuda {
@@ -261,7 +262,12 @@ void reduce(Stream stream, const MoeArgs& a) {
     if (assignments > 0) {
       const ZeroArgs zero{parts, assignments * columns};
       launch<zero_kernel>(stream, {ceil_div(zero.count, kThreads), kThreads}, zero);
-      multiply<T, float>(stream, a, parts, Rows{assignments, assignments, columns, 0}, first, columns);
+      MoeArgs product = a;
+      product.reduce = false;
+      product.out = Tensor(parts, DType::kF32, {assignments, columns}, a.out.device);
+      product.out_rows = {assignments, assignments, columns, 0};
+      if (columns != a.width || !moe_warp(stream, product))
+        multiply<T, float>(stream, a, parts, product.out_rows, first, columns);
     }
     const SumArgs<Out> sum{a.out.ptr<Out>() + first, parts, a.out_rows, columns, a.slots};
     launch<sum_kernel<Out>>(stream, {ceil_div(a.tokens * columns, kThreads), kThreads}, sum);
@@ -279,7 +285,7 @@ void run(Stream stream, const MoeArgs& a) {
 }  // namespace
 
 void moe(Stream stream, const MoeArgs& args) {
-  if (moe_wgmma(stream, args)) return;
+  if (moe_warp(stream, args) || moe_wgmma(stream, args)) return;
   dispatch<bf16, f16, e4m3>(args.dtype, [&]<class T>() {
     if constexpr (dtype_of<T> == DType::kE4M3) {
       if (args.out.dtype == DType::kF32)  // for fused_moe
