@@ -6,6 +6,7 @@
 #include "kestrel/hopper/pdl.cuh"
 #include "kestrel/hopper/vec.cuh"
 #include "kestrel/launch.h"
+#include "ops/moe/compiled_wgmma.h"
 #include "ops/moe/wgmma.h"
 
 namespace kestrel::cuda {
@@ -89,14 +90,25 @@ bool fits(const MoeArgs& a, DType out) {
   return a.reduce || rows_fit(a.out.data, a.out_rows, out);
 }
 
-// Up to 16 rows of an expert the narrow tile wastes less, and its two blocks on an SM overlap with the next kernel's.
-void product(Stream stream, const MoeArgs& a) {
-  const WgmmaTile tile = a.assignments() <= 16 * a.experts ? WgmmaTile::kNarrow : WgmmaTile::kWide;
-  switch (a.dtype) {
-    case DType::kBF16: return launch_moe_wgmma<bf16>(stream, a, tile);
-    case DType::kF16: return launch_moe_wgmma<f16>(stream, a, tile);
-    default: return launch_moe_wgmma<e4m3>(stream, a, tile);
+// The lowest and the highest tile of a type.
+constexpr int edge_tile(DType dtype, bool highest) {
+  int best = -1;
+  for (int i = 0; i < kMoeTileCount; ++i) {
+    const MoeTile& t = kMoeTiles[i];
+    if (t.kernel != MoeKernel::kWgmma || !t.takes(dtype)) continue;
+    if (best < 0 || (t.block_m > kMoeTiles[best].block_m) == highest) best = i;
   }
+  return best;
+}
+
+// In the tile that was chosen. Where that is none of these: up to 16 rows of an expert the lowest wastes least, and its
+// two blocks on an SM overlap with the next kernel's.
+void product(Stream stream, const MoeArgs& a) {
+  int tile = a.tile;
+  if (tile < 0 || moe_tile(tile).kernel != MoeKernel::kWgmma)
+    tile = edge_tile(a.dtype, a.assignments() > 16 * a.experts);
+  if (tile >= kMoeTileCount) return moe_added_launch(tile)(stream, a);
+  kMoeWgmma[tile][a.dtype == DType::kBF16 ? 0 : a.dtype == DType::kF16 ? 1 : 2](stream, a);
 }
 
 ExpertWeights from(ExpertWeights weights, int64_t row, DType dtype) {

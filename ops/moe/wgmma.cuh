@@ -392,20 +392,11 @@ __device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename 
       multiply<T, kN>(sums, group, Shape<Tile>::kWeightBytes, steps, ring);
       finish<kN, kFinish>(args, sums, scale, info, staged, group, panel, column, &buffer);
     };
-    if constexpr (Tile::kTokens == 32) {
-      rows <= 16 ? tile_of.template operator()<16>() : tile_of.template operator()<32>();
-    } else {
-      switch ((rows - 1) / 16) {
-        case 1: tile_of.template operator()<32>(); break;
-        case 2: tile_of.template operator()<48>(); break;
-        case 3: tile_of.template operator()<64>(); break;
-        case 4: tile_of.template operator()<80>(); break;
-        case 5: tile_of.template operator()<96>(); break;
-        case 6: tile_of.template operator()<112>(); break;
-        case 7: tile_of.template operator()<128>(); break;
-        default: tile_of.template operator()<16>();
-      }
+    const int sixteens = max((rows + 15) / 16, 1);
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+      ((sixteens == i + 1 ? (tile_of.template operator()<16 * (i + 1)>(), true) : false) || ...);
     }
+    (std::make_integer_sequence<int, Tile::kTokens / 16>());
     __syncwarp();
     if (lane == 0) arrive(info_ring.empty());
     info_ring.advance();
@@ -517,14 +508,10 @@ void launch_tile(Stream stream, const MoeArgs& a) {
   launch_finish<T, Out, Tile, Finish::kPlain>(stream, a, args);
 }
 
-template <class T>
-void launch_moe_wgmma(Stream stream, const MoeArgs& a, WgmmaTile tile) {
+template <class T, class Tile>
+void launch_moe_wgmma(Stream stream, const MoeArgs& a) {
   using Short = std::conditional_t<sizeof(T) == 1, bf16, T>;
-  const bool wide = tile == WgmmaTile::kWide;
-  if (a.out.dtype == DType::kF32)
-    wide ? launch_tile<T, float, WideTile>(stream, a) : launch_tile<T, float, NarrowTile>(stream, a);
-  else
-    wide ? launch_tile<T, Short, WideTile>(stream, a) : launch_tile<T, Short, NarrowTile>(stream, a);
+  a.out.dtype == DType::kF32 ? launch_tile<T, float, Tile>(stream, a) : launch_tile<T, Short, Tile>(stream, a);
 }
 
 }  // namespace kestrel::cuda
