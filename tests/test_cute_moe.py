@@ -356,7 +356,6 @@ def test_functional_form(backend: Backend, dtype: str) -> None:
     """Without out and config: the block size is that of get_cute_moe_block_m."""
     name = {"bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8"}[dtype]
     block_m = get_cute_moe_block_m(40, num_experts=4, hidden_size=40, intermediate_size=24, dtype=name)
-    assert block_m == 64
     problem = Problem(backend, dtype, draw_ids(40, 2, 4), 4, 40, 24, block_m)
     problem.check(problem.up(out=None, config=None), problem.want_up())
     problem.check(problem.down(out=None, config=None, reduce=True), problem.want_down(reduce=True))
