@@ -2,7 +2,8 @@
 
 Every tile that is compiled for the dtype is checked against float64 and then measured as the bench does it: many calls
 in one CUDA graph, on arguments that no cache holds, with the gate in the epilogue of up. The results file says what
-was measured; what it holds is not measured again.
+was measured; what it holds is not measured again. With KESTREL_CUTE_MOE_JIT=1, a source checkout and an nvcc further
+tiles are compiled and measured too; a config file names them once they stand in ops/moe/tiles.json.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kestrel_kernels import _moe_config
+from kestrel_kernels import _moe_config, _moe_jit
 from kestrel_kernels._moe_config import KINDS, SIZES, CuteMoeConfig, tiles
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 QUICK_TOKENS = (1, 4, 16, 64, 740, 2048)
+WRONG = "wrong result"
 HOPELESS = 3  # times the best so far, in a single call: not worth a graph
 _EPILOG = """\
 examples:
@@ -135,14 +137,14 @@ class Tuner:
                 entry.poison(tiled[0])
                 error = frobenius(entry.results(tiled[0], entry.bound(tiled[0])()), want)
                 if not error <= entry.tolerance:
-                    return Result(0.0, _rounded(error), False, "wrong result")
+                    return Result(0.0, _rounded(error), False, WRONG)
                 calls = [entry.bound(s) for s in tiled]
                 once = self.clock.once(calls[0])
                 if once > HOPELESS * best:
                     return Result(_rounded(once), _rounded(error), True, "a single call")
                 return Result(_rounded(self.clock.cold(calls)), _rounded(error), True)
         except (RuntimeError, ValueError) as problem:
-            return Result(0.0, 0.0, False, (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200])
+            return Result(0.0, 0.0, False, (str(problem).strip().splitlines() or [type(problem).__name__])[0][:300])
 
     @staticmethod
     def _rivals(a: Key, b: Key) -> bool:
@@ -178,12 +180,12 @@ class Winner:
     down_us: float
 
 
-def winners(rows: dict[Key, Result], layer: Layer) -> list[Winner]:
-    """For each token count the block size whose best tiles of both products take the least together. Counts for which
-    one of the two has no right result have none."""
+def winners(rows: dict[Key, Result], layer: Layer, tiles: Collection[CuteMoeConfig] | None = None) -> list[Winner]:
+    """For each token count the block size whose best tiles (of those named) of both products take the least together.
+    Counts for which one of the two has no right result have none."""
     best: dict[tuple[int, int, str], tuple[float, CuteMoeConfig]] = {}
     for key, result in rows.items():
-        if key.layer == layer and result.right:
+        if key.layer == layer and result.right and (tiles is None or key.config in tiles):
             place = (key.tokens, key.config.block_m, key.kind)
             if place not in best or result.us < best[place][0]:
                 best[place] = (result.us, key.config)
@@ -219,16 +221,33 @@ def write_config(folder: Path, layer: Layer, gpu: str, won: Sequence[Winner]) ->
     return path
 
 
-def keys(layers: Sequence[Layer], tokens: Sequence[int]) -> Iterator[Key]:
+def keys(layers: Sequence[Layer], tokens: Sequence[int], further: Sequence[CuteMoeConfig]) -> Iterator[Key]:
     """The present choice first: what is far from it is given up early."""
     for layer in layers:
-        candidates = [tile for tile in tiles() if tile.dtype == layer.dtype]
+        candidates = [tile for tile in (*tiles(), *further) if tile.dtype == layer.dtype]
         for count in tokens:
             chosen = _moe_config.choose(count, layer.experts, layer.hidden, layer.inner, layer.dtype)
             for kind, tile in zip(KINDS, chosen, strict=True):
-                first = next(c for c in candidates if tiles()[c] == tile)
+                first = next(c for c in candidates if tiles().get(c) == tile)
                 others = [c for c in candidates if c != first]
                 yield from (Key(layer, count, kind, config) for config in (first, *others))
+
+
+def compile_further(dtypes: Collection[str]) -> list[CuteMoeConfig]:
+    """The tiles beyond those of the build which compile; ValueError where none can be compiled here."""
+    _moe_jit.root()
+    _moe_jit.nvcc()
+    wanted = [tile for dtype in dtypes for tile in _moe_jit.candidates(dtype) if tile not in tiles()]
+    found = []
+    for i, tile in enumerate(wanted):
+        print(f"\rtile {i + 1} of {len(wanted)}: {tile!s:<48}", end="", file=sys.stderr, flush=True)
+        try:
+            _moe_jit.build(tile)
+            found.append(tile)
+        except ValueError as problem:
+            print(f"\r{tile} does not compile: {problem}", file=sys.stderr)
+    print(f"\r{len(found)} further tiles{'':<48}", file=sys.stderr)
+    return found
 
 
 def print_winners(console: Console, layer: Layer, gpu: str, won: Sequence[Winner]) -> None:
@@ -305,6 +324,10 @@ def _run(args: argparse.Namespace) -> int:
 
     from kestrel_kernels._bench.clock import make_clock
 
+    try:
+        further = compile_further(dict.fromkeys(args.dtype)) if _moe_jit.enabled() and args.device == "cuda" else []
+    except ValueError as error:
+        return _give_up(str(error))
     clock = make_clock(args.device)
     if args.quick:
         clock.hurry()
@@ -314,7 +337,7 @@ def _run(args: argparse.Namespace) -> int:
         return _give_up(str(error))
     layers = [Layer(args.experts, args.hidden, args.inner, args.topk, dtype) for dtype in dict.fromkeys(args.dtype)]
     counts = sorted(set(args.num_tokens or (QUICK_TOKENS if args.quick else TOKENS)))
-    todo = list(keys(layers, counts))
+    todo = list(keys(layers, counts, further))
     tuner = Tuner(clock, results)
     started = time.monotonic()
     left = 0
@@ -333,19 +356,27 @@ def _run(args: argparse.Namespace) -> int:
                 progress.update(task, description=f"{key.tokens} tokens {key.kind} {key.config}")
                 results.put(key, tuner.measure(key))
             progress.advance(task)
-    wrong = {key: result for key, result in results.rows.items() if not result.right and key in set(todo)}
+    todo_keys = set(todo)
+    failed = {key: result for key, result in results.rows.items() if not result.right and key in todo_keys}
     for layer in layers:
         begun = {key.tokens for key in todo if key.layer == layer and key not in results.rows}
-        won = [w for w in winners(results.rows, layer) if w.tokens in counts and w.tokens not in begun]
+        complete = {key: r for key, r in results.rows.items() if key.tokens in set(counts) - begun}
+        won = winners(complete, layer)
         print_winners(console, layer, clock.name, won)
-        if args.write_config and won:
-            console.print(f"wrote {write_config(args.write_config, layer, clock.name, won)}", markup=False)
-    for key, result in wrong.items():
-        text = f"FAILED {key.layer.case(key.tokens)} {key.kind}, {key.config}: {result.note}, rel_err {result.rel_err}"
-        console.print(text, style="bold red", markup=False)
+        if args.write_config and (written := winners(complete, layer, tiles())):
+            console.print(f"wrote {write_config(args.write_config, layer, clock.name, written)}", markup=False)
+            missing = dict.fromkeys(tile for w in won for tile in (w.up, w.down) if tile not in tiles())
+            for tile in missing:
+                console.print(f"faster, but not in ops/moe/tiles.json: {tile}", markup=False)
+    for key, result in failed.items():
+        text = f"{key.layer.case(key.tokens)} {key.kind}, {key.config}: {result.note}"
+        if result.note == WRONG:
+            console.print(f"FAILED {text}, rel_err {result.rel_err}", style="bold red", markup=False)
+        else:
+            console.print(f"left out: {text}", style="dim", markup=False)
     print(f"{time.monotonic() - started:.0f} s" + (f", results in {args.output}" if args.output else ""))
     if left:
         goes_on = f"; the same command goes on from {args.output}" if args.output else ""
         print(f"the time limit is over with {left} measurements to go{goes_on}")
         return 3
-    return int(bool(wrong))
+    return int(any(result.note == WRONG for result in failed.values()))
