@@ -166,6 +166,8 @@ std::optional<MoeWarpPlan> sum_fit(const MoeArgs& a) {
 
 }  // namespace
 
+bool moe_warp_takes(const MoeArgs& args) { return (args.reduce ? sum_fit(args) : fit(args)).has_value(); }
+
 bool moe_warp(Stream stream, const MoeArgs& args) {
   const auto plan = args.reduce ? sum_fit(args) : fit(args);
   if (!plan) return false;

@@ -49,6 +49,7 @@ struct MoeWarpPlan {
 
 // The rule. Not taken: it is the plain kernel's.
 bool moe_warp(Stream stream, const MoeArgs& args);
+bool moe_warp_takes(const MoeArgs& args);
 
 template <class T>
 void launch_moe_warp(Stream stream, const MoeArgs& args, const MoeWarpPlan& plan);
