@@ -190,32 +190,33 @@ void run(const Steps& step, const Layer& layer, char* memory) {
     up.out_rows = down.x_rows;
   }
 
-  // At few tokens the products list the experts themselves, from the routing, and up quantizes x as it reads it. Up
-  // triggers after its wait: when down starts, the routing is complete and may be read ahead.
+  if (s.fp8) {
+    const auto scale = reinterpret_cast<float*>(memory + l.x_scale);
+    Tensor bits(memory + l.x, DType::kE4M3, {s.tokens, s.hidden}, device);
+    bits.stride[0] = l.x_stride;
+    if (assignments > 0)
+      step(Fp8QuantArgs{Fp8Scale::kRow, bits, layer.x, Tensor(scale, DType::kF32, {s.tokens}, device), {}});
+    up.x = bits.data;
+    up.x_rows = {s.tokens, s.tokens, l.x_stride, 0};
+    up.x_scale = scale;
+  }
+
+  // At few tokens the products list the experts themselves, from the routing. The kernels before them trigger after
+  // their wait, or follow one that did: the routing is complete when they start, and is read before their own wait.
   MoeArgs few_up = up, few_down = down;
   for (MoeArgs* few : {&few_up, &few_down}) {
     few->ids = align.ids;
     few->ids_stride = align.ids_stride;
     few->expert_map = align.expert_map;
     few->routed = s.experts;
+    few->settled = true;
   }
-  few_up.x_dtype = layer.x.dtype;
-  few_down.settled = true;
+  few_up.settled = s.fp8;
   if (step.takes_few(few_up) && step.takes_few(few_down)) {
     up = few_up;
     down = few_down;
   } else {
     step(align);
-    if (s.fp8) {
-      const auto scale = reinterpret_cast<float*>(memory + l.x_scale);
-      Tensor bits(memory + l.x, DType::kE4M3, {s.tokens, s.hidden}, device);
-      bits.stride[0] = l.x_stride;
-      if (assignments > 0)
-        step(Fp8QuantArgs{Fp8Scale::kRow, bits, layer.x, Tensor(scale, DType::kF32, {s.tokens}, device), {}});
-      up.x = bits.data;
-      up.x_rows = {s.tokens, s.tokens, l.x_stride, 0};
-      up.x_scale = scale;
-    }
   }
   step(up);
   if (s.fp8)
