@@ -262,12 +262,7 @@ void reduce(Stream stream, const MoeArgs& a) {
     if (assignments > 0) {
       const ZeroArgs zero{parts, assignments * columns};
       launch<zero_kernel>(stream, {ceil_div(zero.count, kThreads), kThreads}, zero);
-      MoeArgs product = a;
-      product.reduce = false;
-      product.out = Tensor(parts, DType::kF32, {assignments, columns}, a.out.device);
-      product.out_rows = {assignments, assignments, columns, 0};
-      if (columns != a.width || !moe_warp(stream, product))
-        multiply<T, float>(stream, a, parts, product.out_rows, first, columns);
+      multiply<T, float>(stream, a, parts, Rows{assignments, assignments, columns, 0}, first, columns);
     }
     const SumArgs<Out> sum{a.out.ptr<Out>() + first, parts, a.out_rows, columns, a.slots};
     launch<sum_kernel<Out>>(stream, {ceil_div(a.tokens * columns, kThreads), kThreads}, sum);

@@ -42,13 +42,12 @@ struct MoeArgs {
   int64_t block_m = 1;
   int tile = -1;  // moe_tile(), as high as block_m; -1: the kernels choose
 
-  // For fused_moe at few tokens: the routing itself, from which the kernels of moe_warp make their own lists.
+  // Of fused_moe at few tokens: the routing, of which moe_warp makes its own lists.
   const int32_t* ids = nullptr;
   int64_t ids_stride = 0;
   const int32_t* expert_map = nullptr;
   int64_t routed = 0;    // experts that ids name
-  bool settled = false;  // ids or lists are older than the preceding kernel
-  DType x_dtype{};       // with fp8 weights and no x_scale: bf16 or f16, quantized on the way
+  bool settled = false;  // ids, or the alignment, are older than the preceding kernel
 
   int64_t assignments() const { return tokens * slots; }
 };

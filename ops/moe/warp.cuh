@@ -10,10 +10,10 @@
 #include "kestrel/hopper/pdl.cuh"
 #include "kestrel/hopper/vec.cuh"
 #include "kestrel/hopper/weight_stream.cuh"
+#include "kestrel/hopper/wgmma.cuh"
 #include "kestrel/launch.h"
 #include "kestrel/tensor_map.h"
 #include "ops/activation/gate.cuh"
-#include "ops/fp8_quant/absmax.cuh"
 #include "ops/moe/warp.h"
 #include "ops/moe/warp_items.cuh"
 
@@ -37,8 +37,7 @@ struct MoeWarpArgs {
 
 constexpr uint32_t kScaleBytes = kTileRows * sizeof(float);  // of a stage
 
-// At columns_at, twice: while some threads finish a tile, others may be at the next pass. Behind them the warps'
-// largest magnitudes, where x is quantized.
+// At columns_at, twice for each team: while some threads finish a tile, others may be at the next pass.
 template <int kGroups>
 struct MoeColumns {
   float factor[kGroups * 8];  // routing weight and scale of x
@@ -149,45 +148,13 @@ __device__ __forceinline__ void finish_tile(const MoeWarpArgs<Out>& args, const 
   }
 }
 
-// Sixteen values of 16 bits.
-struct Chunk {
-  uint4 half[2];
-};
-template <class X>
-__device__ __forceinline__ uint32_t absmax_of(const Chunk& chunk) {
-  uint32_t largest = 0;
-  const auto join = [&](uint32_t pair) {
-    const float2 f = to_float2<X>(pair);
-    const uint32_t low = __float_as_uint(f.x) & 0x7fffffff, high = __float_as_uint(f.y) & 0x7fffffff;
-    largest = max(largest, max(low > 0x7f800000 ? 0 : low, high > 0x7f800000 ? 0 : high));
-  };
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    join(chunk.half[i].x);
-    join(chunk.half[i].y);
-    join(chunk.half[i].z);
-    join(chunk.half[i].w);
-  }
-  return largest;
-}
-template <class X>
-__device__ __forceinline__ uint4 quantize(const Chunk& chunk, float reciprocal) {
-  const auto four = [&](uint32_t first, uint32_t second) {
-    const float2 a = to_float2<X>(first), b = to_float2<X>(second);
-    return from_float2<e4m3>(__fmul_rn(a.x, reciprocal), __fmul_rn(a.y, reciprocal)) |
-           uint32_t{from_float2<e4m3>(__fmul_rn(b.x, reciprocal), __fmul_rn(b.y, reciprocal))} << 16;
-  };
-  const uint4 &a = chunk.half[0], &b = chunk.half[1];
-  return {four(a.x, a.y), four(a.z, a.w), four(b.x, b.y), four(b.z, b.w)};
-}
-
-template <class W, class X, class Out, MoeLayout kLayout, int kKernel>
-__global__ void __launch_bounds__((kMoeWarps + 1) * kWarp, kMoeWarpKernels[kKernel].resident)
+template <class W, class Out, MoeLayout kLayout, int kKernel>
+__global__ void __launch_bounds__(moe_threads(kMoeWarpKernels[kKernel]), kMoeWarpKernels[kKernel].blocks)
     moe_warp_kernel(const __grid_constant__ MoeWarpArgs<Out> args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr int kGroups = kMoeWarpKernels[kKernel].groups;
-  constexpr bool kStreamed = kMoeWarpKernels[kKernel].streamed, kQuantize = sizeof(W) < sizeof(X);
-  static_assert(!(kStreamed && kQuantize));
+  constexpr uint32_t kTeams = kMoeWarpKernels[kKernel].teams;
+  constexpr bool kStreamed = kMoeWarpKernels[kKernel].streamed;
   constexpr int kSteps = moe_steps(sizeof(W) == 1);
   constexpr uint32_t kCount = kGroups * 8, kWidth = kLayout == MoeLayout::kPlain ? 16 : 8;
   extern __shared__ unsigned char unaligned[];
@@ -197,8 +164,11 @@ __global__ void __launch_bounds__((kMoeWarps + 1) * kWarp, kMoeWarpKernels[kKern
   const MoeRouting& routing = args.routing;
   Ring ring{base, base + plan.barriers_at, plan.stages, plan.stage_bytes};
   const MoeLists lists = lists_of<kGroups>(args, memory);
-  const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, threads = plan.warps * kWarp;
-  const bool producer = warp == plan.warps;
+  constexpr uint32_t kTeamThreads = kMoeWarps * kWarp;
+  const uint32_t team = kTeams == 1 ? 0 : threadIdx.x / kTeamThreads, warp = threadIdx.x / kWarp - team * kMoeWarps;
+  const uint32_t lane = threadIdx.x % kWarp, threads = plan.warps * kWarp;
+  const uint32_t member = threadIdx.x - team * kTeamThreads;
+  const bool producer = kTeams == 1 ? warp == plan.warps : team == kTeams && warp == 0;
   if (producer) {
     if (lane == 0) prefetch_map(&args.map);
     ring.init(plan.warps);
@@ -216,9 +186,19 @@ __global__ void __launch_bounds__((kMoeWarps + 1) * kWarp, kMoeWarpKernels[kKern
     lists.items->end = lists.items->first + each + (blockIdx.x < rest ? 1 : 0);
   }
   __syncthreads();
-  if (producer) return stream_experts<W, kLayout>(args, ring, base, lists);
-
-  finish_lists<kGroups>(routing, lists, threads);
+  if constexpr (kTeams == 2) {
+    if (team == kTeams) {
+      leave_registers<32>();
+      if (producer) stream_experts<W, kLayout>(args, ring, base, lists);
+      return;
+    }
+    take_registers<112>();
+    finish_lists<kGroups>(routing, lists, kTeams * kTeamThreads);
+    if (warp >= plan.warps) return;
+  } else {
+    if (producer) return stream_experts<W, kLayout>(args, ring, base, lists);
+    finish_lists<kGroups>(routing, lists, threads);
+  }
   if (routing.settled) {
     wait_for_predecessor();
     release_successor();
@@ -251,49 +231,10 @@ __global__ void __launch_bounds__((kMoeWarps + 1) * kWarp, kMoeWarpKernels[kKern
       }
     }
   };
-  // The scale of a row is that of its largest magnitude, for which all warps meet; then the row is read once more.
-  const auto quantize_input = [&](MoeColumns<kGroups>& mine) {
-    const auto load_chunk = [&](int n, uint32_t step, uint32_t h) {
-      const uint32_t at = at_step(step) + h * 16;
-      Chunk chunk{};
-      if (rows[n] != kNone && at < args.depth_bytes) {
-        const auto from = reinterpret_cast<const uint4*>(args.x + rows[n] * args.x_stride + at * sizeof(X));
-        chunk = {from[0], from[1]};
-      }
-      return chunk;
-    };
-    const auto maxima = reinterpret_cast<uint32_t*>(memory + plan.columns_at + 2 * sizeof(mine));
-#pragma unroll
-    for (int n = 0; n < kGroups; ++n) {
-      uint32_t most = 0;
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step)
-#pragma unroll
-        for (uint32_t h = 0; h < 2; ++h) most = max(most, absmax_of<X>(load_chunk(n, step, h)));
-      most = max(most, __shfl_xor_sync(~0u, most, 1));
-      most = max(most, __shfl_xor_sync(~0u, most, 2));
-      if (lane % 4 == 0) maxima[warp * kCount + n * 8 + lane / 4] = most;
-    }
-    sync_threads(1, threads);
-    const auto scale_of = [&](uint32_t column) {
-      uint32_t most = 0;
-      for (uint32_t w = 0; w < plan.warps; ++w) most = max(most, maxima[w * kCount + column]);
-      return fmaxf(__fdiv_rn(__uint_as_float(most), 448.0f), kSmallestScale);
-    };
-#pragma unroll
-    for (int n = 0; n < kGroups; ++n) {
-      const float reciprocal = __frcp_rn(scale_of(n * 8 + lane / 4));
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step)
-#pragma unroll
-        for (uint32_t h = 0; h < 2; ++h) x[step][n][h] = quantize<X>(load_chunk(n, step, h), reciprocal);
-    }
-    if (threadIdx.x < kCount) mine.factor[threadIdx.x] = scale_of(threadIdx.x);
-  };
   const auto begin_pass = [&](uint32_t item) {
     unsigned char* const now = memory_now();
     const auto listed = reinterpret_cast<const int32_t*>(now + plan.listed_at) + item * kCount;
-    MoeColumns<kGroups>& mine = reinterpret_cast<MoeColumns<kGroups>*>(now + plan.columns_at)[item % 2];
+    MoeColumns<kGroups>& mine = reinterpret_cast<MoeColumns<kGroups>*>(now + plan.columns_at)[team * 2 + item % 2];
 #pragma unroll
     for (int n = 0; n < kGroups; ++n) {
       const int32_t assignment = listed[n * 8 + lane / 4];
@@ -301,24 +242,20 @@ __global__ void __launch_bounds__((kMoeWarps + 1) * kWarp, kMoeWarpKernels[kKern
       args.slots_per_row(assignment < 0 ? 0 : assignment, &row, &slot);
       rows[n] = assignment < 0 ? kNone : row;
     }
-    if constexpr (kQuantize) {
-      quantize_input(mine);
-    } else {
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) load_input(step, step);
-      if (threadIdx.x < kCount && (sizeof(W) == 1 || kLayout == MoeLayout::kPlain)) {
-        const int32_t assignment = listed[threadIdx.x];
-        float factor = 1;
-        if (assignment >= 0) {
-          uint32_t row, token, slot;
-          args.slots_per_row(assignment, &row, &slot);
-          if (sizeof(W) == 1) factor = args.x_scale[row];
-          routing.slots(assignment, &token, &slot);
-          if (kLayout == MoeLayout::kPlain && args.topk_weights)
-            factor *= args.topk_weights[token * args.topk_weights_stride + slot];
-        }
-        mine.factor[threadIdx.x] = factor;
+    for (int step = 0; step < kSteps; ++step) load_input(step, step);
+    if (member < kCount && (sizeof(W) == 1 || kLayout == MoeLayout::kPlain)) {
+      const int32_t assignment = listed[member];
+      float factor = 1;
+      if (assignment >= 0) {
+        uint32_t row, token, slot;
+        args.slots_per_row(assignment, &row, &slot);
+        if (sizeof(W) == 1) factor = args.x_scale[row];
+        routing.slots(assignment, &token, &slot);
+        if (kLayout == MoeLayout::kPlain && args.topk_weights)
+          factor *= args.topk_weights[token * args.topk_weights_stride + slot];
       }
+      mine.factor[member] = factor;
     }
     if constexpr (kWide)
 #pragma unroll
@@ -329,13 +266,17 @@ __global__ void __launch_bounds__((kMoeWarps + 1) * kWarp, kMoeWarpKernels[kKern
           for (int h = 0; h < 2; ++h) widen(x[step][n][h], wide[step][n][h]);
   };
 
-  for (uint32_t at = lists.items->first;; ++at) {
+  const auto skip = [&](uint32_t granules) {
+    for (uint32_t i = 0; i < granules; ++i) ring.advance();
+  };
+  if (kTeams == 2) skip(team * plan.steps);
+  for (uint32_t at = lists.items->first + team;; at += kTeams) {
     uint32_t item, tile;
     {
       const auto items = reinterpret_cast<const MoeItems*>(memory_now() + plan.items_at);
-      if (at == items->end) break;
+      if (at >= items->end) break;
       args.tiles(at, &item, &tile);
-      if (tile == 0 || at == items->first) begin_pass(item);
+      if (tile < kTeams || at == items->first + team) begin_pass(item);
     }
     float sums[kGroups][4] = {}, scale[2] = {};
     for (uint32_t first = 0; first < plan.steps; first += kSteps) {
@@ -349,8 +290,8 @@ __global__ void __launch_bounds__((kMoeWarps + 1) * kWarp, kMoeWarpKernels[kKern
           if (step == 0) {
             const float* const from =
                 reinterpret_cast<const float*>(memory_now() + plan.scales_at) + ring.stage * kTileRows;
-            scale[0] = from[threadIdx.x % kWidth];
-            if (kLayout != MoeLayout::kPlain) scale[1] = from[8 + threadIdx.x % kWidth];
+            scale[0] = from[member % kWidth];
+            if (kLayout != MoeLayout::kPlain) scale[1] = from[8 + member % kWidth];
             other = __float_as_uint(scale[0]) | __float_as_uint(scale[1]);
           }
         const uint32_t first_chunk = ring.address() + weight_lane.chunk[0];
@@ -376,19 +317,20 @@ __global__ void __launch_bounds__((kMoeWarps + 1) * kWarp, kMoeWarpKernels[kKern
     }
     // Of two buffers in turn: one is free again when its readers have come to the barrier of the next tile.
     unsigned char* const now = memory_now();
-    uint32_t thread = threadIdx.x;
+    if (kTeams == 2) skip(plan.steps);
+    uint32_t thread = member;
     compute_now(thread);
-    float* const partial =
-        reinterpret_cast<float*>(now + plan.partial_at) + at % 2 * plan.warps * kCount * kPartialPitch;
+    float* const partial = reinterpret_cast<float*>(now + plan.partial_at) +
+                           (team * 2 + at / kTeams % 2) * plan.warps * kCount * kPartialPitch;
 #pragma unroll
     for (int n = 0; n < kGroups; ++n)
       store_partial(partial + thread / kWarp * kCount * kPartialPitch, sums[n], n * 8, kCount, thread % kWarp);
-    sync_threads(1, threads);
+    sync_threads(1 + team, threads);
     compute_now(at);
     args.tiles(at, &item, &tile);
     finish_tile<W, kLayout, kGroups>(
         args, partial, reinterpret_cast<const int32_t*>(now + plan.listed_at) + item * kCount,
-        reinterpret_cast<const MoeColumns<kGroups>*>(now + plan.columns_at)[item % 2], scale, tile, thread);
+        reinterpret_cast<const MoeColumns<kGroups>*>(now + plan.columns_at)[team * 2 + item % 2], scale, tile, thread);
   }
 #endif
 }
@@ -412,10 +354,27 @@ CUtensorMap weight_map(const MoeArgs& a, const MoeWarpPlan& plan) {
                      {kColumns, kTileRows / halves, halves, plan.boxes ? plan.warps : 1, 1}});
 }
 
+inline MoeRouting routing_of(const MoeArgs& a, const MoeWarpPlan& plan) {
+  const int count = kMoeWarpKernels[plan.kernel].groups * 8;
+  return {a.sorted_token_ids,
+          a.expert_ids,
+          a.num_tokens_post_pad,
+          a.ids,
+          a.expert_map,
+          a.ids_stride,
+          Divider<uint32_t>(a.slots),
+          Divider<uint32_t>(a.ids ? 1 : a.block_m / count),
+          static_cast<uint32_t>(a.positions),
+          static_cast<uint32_t>(a.assignments()),
+          static_cast<uint32_t>(a.experts),
+          static_cast<uint32_t>(a.routed),
+          plan.candidates,
+          plan.words,
+          a.settled};
+}
+
 template <class W, class Out>
 MoeWarpArgs<Out> warp_args(const MoeArgs& a, const MoeWarpPlan& plan, Out* out, int64_t out_stride) {
-  const auto count = static_cast<uint32_t>(kMoeWarpKernels[plan.kernel].groups * 8);
-  const int64_t x_size = sizeof(W) == 1 && a.x_scale ? 1 : 2;
   return {weight_map<W>(a, plan),
           out,
           static_cast<const char*>(a.x),
@@ -423,13 +382,10 @@ MoeWarpArgs<Out> warp_args(const MoeArgs& a, const MoeWarpPlan& plan, Out* out, 
           {a.panel[plan.swapped].scale, a.panel[!plan.swapped].scale},
           a.topk_weights,
           out_stride,
-          a.x_rows.inner_stride * x_size,
+          static_cast<int64_t>(a.x_rows.inner_stride * sizeof(W)),
           a.panel[0].scale_stride,
           a.topk_weights_stride,
-          {a.sorted_token_ids, a.expert_ids, a.num_tokens_post_pad, a.ids, a.expert_map, a.ids_stride,
-           Divider<uint32_t>(a.slots), Divider<uint32_t>(a.ids ? 1 : a.block_m / count),
-           static_cast<uint32_t>(a.positions), static_cast<uint32_t>(a.assignments()), static_cast<uint32_t>(a.experts),
-           static_cast<uint32_t>(a.routed), plan.candidates, plan.words, a.settled},
+          routing_of(a, plan),
           Divider<uint32_t>(a.slots_per_row),
           Divider<uint32_t>(plan.tiles),
           Divider<uint32_t>(plan.blocks),
@@ -439,16 +395,16 @@ MoeWarpArgs<Out> warp_args(const MoeArgs& a, const MoeWarpPlan& plan, Out* out, 
           plan};
 }
 
-template <class W, class X, class Out, MoeLayout kLayout>
+template <class W, class Out, MoeLayout kLayout>
 void launch_tile(Stream stream, const MoeArgs& a, const MoeWarpPlan& plan, Out* out, int64_t out_stride) {
   const MoeWarpArgs<Out> args = warp_args<W>(a, plan, out, out_stride);
-  const LaunchShape shape{plan.blocks, static_cast<int>((plan.warps + 1) * kWarp), 1, plan.shared_bytes};
-  constexpr int kKernels = sizeof(W) < sizeof(X) ? 2 : kMoeWarpKernelCount;
+  const MoeWarpKernel& kernel = kMoeWarpKernels[plan.kernel];
+  const uint32_t threads = kernel.teams == 1 ? (plan.warps + 1) * kWarp : moe_threads(kernel);
+  const LaunchShape shape{plan.blocks, static_cast<int>(threads), 1, plan.shared_bytes};
   [&]<int... kKernel>(std::integer_sequence<int, kKernel...>) {
-    ((plan.kernel == kKernel ? launch<moe_warp_kernel<W, X, Out, kLayout, kKernel>>(stream, shape, args) : void()),
-     ...);
+    ((plan.kernel == kKernel ? launch<moe_warp_kernel<W, Out, kLayout, kKernel>>(stream, shape, args) : void()), ...);
   }
-  (std::make_integer_sequence<int, kKernels>());
+  (std::make_integer_sequence<int, kMoeWarpKernelCount>());
 }
 
 template <class W>
@@ -458,17 +414,12 @@ void launch_moe_warp(Stream stream, const MoeArgs& a, const MoeWarpPlan& plan) {
   const auto out = a.out.ptr<Out>();
   if (a.out.dtype == DType::kF32) {
     const auto sums = a.out.ptr<float>();
-    if (a.panels == 1) return launch_tile<W, W, float, MoeLayout::kPlain>(stream, a, plan, sums, stride);
-    if constexpr (sizeof(W) == 1) {
-      if (a.x_scale) return launch_tile<W, W, float, MoeLayout::kGated>(stream, a, plan, sums, stride);
-      if (a.x_dtype == DType::kBF16)
-        return launch_tile<W, bf16, float, MoeLayout::kGated>(stream, a, plan, sums, stride);
-      return launch_tile<W, f16, float, MoeLayout::kGated>(stream, a, plan, sums, stride);
-    }
+    if (a.panels == 1) return launch_tile<W, float, MoeLayout::kPlain>(stream, a, plan, sums, stride);
+    if constexpr (sizeof(W) == 1) return launch_tile<W, float, MoeLayout::kGated>(stream, a, plan, sums, stride);
   }
-  if (a.panels == 1) return launch_tile<W, W, Out, MoeLayout::kPlain>(stream, a, plan, out, stride);
-  if (!a.gate) return launch_tile<W, W, Out, MoeLayout::kPair>(stream, a, plan, out, stride);
-  launch_tile<W, W, Out, MoeLayout::kGated>(stream, a, plan, out, stride);
+  if (a.panels == 1) return launch_tile<W, Out, MoeLayout::kPlain>(stream, a, plan, out, stride);
+  if (!a.gate) return launch_tile<W, Out, MoeLayout::kPair>(stream, a, plan, out, stride);
+  launch_tile<W, Out, MoeLayout::kGated>(stream, a, plan, out, stride);
 }
 
 }  // namespace kestrel::cuda

@@ -1,4 +1,7 @@
 #include "ops/moe/warp_sum.cuh"
 
-template void kestrel::cuda::launch_moe_warp<kestrel::bf16>(Stream, const MoeArgs&, const MoeWarpPlan&);
-template void kestrel::cuda::launch_moe_warp_sum<kestrel::bf16>(Stream, const MoeArgs&, const MoeWarpPlan&);
+namespace kestrel::cuda {
+template void launch_moe_warp<bf16>(Stream, const MoeArgs&, const MoeWarpPlan&);
+template void launch_moe_warp_sum<bf16>(Stream, const MoeArgs&, const MoeWarpPlan&);
+template void launch_moe_parts_sum<bf16>(Stream, const MoeArgs&, const MoeArgs&, const MoeWarpPlan&);
+}  // namespace kestrel::cuda

@@ -104,14 +104,19 @@ __device__ __forceinline__ void clear_lists(const MoeRouting& r, const MoeLists&
   for (uint32_t i = threadIdx.x; i < r.candidates * kGroups * 8; i += blockDim.x) lists.listed[i] = -1;
 }
 
+__device__ __forceinline__ int32_t expert_of(const MoeRouting& r, uint32_t token, uint32_t slot) {
+  const int32_t expert = r.ids[token * r.ids_stride + slot];
+  if (!r.expert_map) return expert;
+  return static_cast<uint32_t>(expert) < r.routed ? r.expert_map[expert] : -1;
+}
+
 __device__ __forceinline__ void mark_experts(const MoeRouting& r, const MoeLists& lists) {
-  uint32_t* const expert_of = lists.bits + (r.words + 1) * r.experts;
+  uint32_t* const experts = lists.bits + (r.words + 1) * r.experts;
   for (uint32_t a = threadIdx.x; a < r.assignments; a += blockDim.x) {
     uint32_t token, slot;
     r.slots(a, &token, &slot);
-    int32_t expert = r.ids[token * r.ids_stride + slot];
-    if (r.expert_map) expert = static_cast<uint32_t>(expert) < r.routed ? r.expert_map[expert] : -1;
-    expert_of[a] = expert;
+    const int32_t expert = expert_of(r, token, slot);
+    experts[a] = expert;
     if (static_cast<uint32_t>(expert) < r.experts)
       atomicOr(lists.bits + a / kWarp * r.experts + expert, 1u << a % kWarp);
   }
@@ -145,15 +150,42 @@ __device__ __forceinline__ uint32_t list_passes(const MoeRouting& r, const MoeLi
 // ... and by `threads` threads: the assignments of the passes.
 template <int kGroups>
 __device__ __forceinline__ void list_members(const MoeRouting& r, const MoeLists& lists, uint32_t threads) {
-  const uint32_t* const expert_of = lists.bits + (r.words + 1) * r.experts;
+  const uint32_t* const experts = lists.bits + (r.words + 1) * r.experts;
   for (uint32_t a = threadIdx.x; a < r.assignments; a += threads) {
-    const uint32_t expert = expert_of[a];
+    const uint32_t expert = experts[a];
     if (expert >= r.experts) continue;
     const uint32_t* const bits = lists.bits + expert;
     uint32_t rank = __popc(bits[a / kWarp * r.experts] & ((1u << a % kWarp) - 1));
     for (uint32_t word = 0; word < a / kWarp; ++word) rank += __popc(bits[word * r.experts]);
     lists.listed[bits[r.words * r.experts] * kGroups * 8 + rank] = a;
   }
+}
+
+// By one warp alone, where it has a lane for each assignment: all of it.
+template <int kGroups>
+__device__ __forceinline__ uint32_t list_lanes(const MoeRouting& r, const MoeLists& lists) {
+  const uint32_t lane = threadIdx.x % kWarp;
+  uint32_t expert = ~0u;
+  if (lane < r.assignments) {
+    uint32_t token, slot;
+    r.slots(lane, &token, &slot);
+    expert = expert_of(r, token, slot);
+  }
+  const bool valid = expert < r.experts;
+  const uint32_t alike = __match_any_sync(~0u, valid ? expert : ~0u);
+  const uint32_t rank = __popc(alike & ((1u << lane) - 1));
+  const uint32_t passes = valid && rank == 0 ? (__popc(alike) + kGroups * 8 - 1) / (kGroups * 8) : 0;
+  uint32_t start = 0, count = 0;
+#pragma unroll
+  for (int other = 0; other < kWarp; ++other) {
+    const uint32_t theirs = __shfl_sync(~0u, passes, other);
+    if (__shfl_sync(~0u, expert, other) < expert) start += theirs;
+    count += theirs;
+  }
+  for (uint32_t pass = 0; pass < passes; ++pass) lists.expert[start + pass] = expert;
+  if (valid) lists.listed[start * kGroups * 8 + rank] = lane;
+  __syncwarp();
+  return count;
 }
 
 // By the whole block, of which the last warp is the producer, with the barriers between. Afterwards the producer may
@@ -163,6 +195,7 @@ __device__ __forceinline__ uint32_t begin_lists(const MoeRouting& r, const MoeLi
   uint32_t count = 0;
   if (r.ids) {
     __syncthreads();
+    if (r.assignments <= kWarp) return producer ? list_lanes<kGroups>(r, lists) : 0;
     mark_experts(r, lists);
     __syncthreads();
     if (producer) count = list_passes<kGroups>(r, lists);
@@ -174,7 +207,7 @@ __device__ __forceinline__ uint32_t begin_lists(const MoeRouting& r, const MoeLi
 
 template <int kGroups>
 __device__ __forceinline__ void finish_lists(const MoeRouting& r, const MoeLists& lists, uint32_t threads) {
-  if (!r.ids) return;
+  if (!r.ids || r.assignments <= kWarp) return;
   list_members<kGroups>(r, lists, threads);
   sync_threads(1, threads);
 }

@@ -8,6 +8,8 @@
 
 namespace kestrel::cuda {
 
+constexpr uint32_t kSumTeams = 2;
+
 template <class W>
 __device__ __forceinline__ void stream_sum(const MoeWarpArgs<std::conditional_t<sizeof(W) == 1, bf16, W>>& args,
                                            Ring ring, uint32_t base, const MoeLists& lists) {
@@ -25,39 +27,39 @@ __device__ __forceinline__ void stream_sum(const MoeWarpArgs<std::conditional_t<
       }
 }
 
-template <class W, int kGroups>
-__global__ void __launch_bounds__((kMostTeams * kMoeWarps + 1) * kWarp, kGroups == 1 ? 2 : 1)
+template <class W>
+__global__ void __launch_bounds__((kSumTeams * kMoeWarps + 1) * kWarp, 2)
     moe_warp_sum_kernel(const __grid_constant__ MoeWarpArgs<std::conditional_t<sizeof(W) == 1, bf16, W>> args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using Out = std::conditional_t<sizeof(W) == 1, bf16, W>;
-  constexpr uint32_t kCount = kGroups * 8;
+  constexpr uint32_t kCount = 8;
   extern __shared__ unsigned char unaligned[];
   const uint32_t base = (shared_address(unaligned) + 1023) & ~1023u;
   unsigned char* const memory = unaligned + (base - shared_address(unaligned));
   const MoeWarpPlan& plan = args.plan;
   const MoeRouting& routing = args.routing;
   Ring ring{base, base + plan.barriers_at, plan.stages, plan.stage_bytes};
-  const MoeLists lists = lists_of<kGroups>(args, memory);
+  const MoeLists lists = lists_of<1>(args, memory);
   const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const uint32_t team_threads = plan.warps * kWarp, threads = plan.teams * team_threads;
-  const bool producer = warp == plan.teams * plan.warps;
+  const uint32_t team_threads = plan.warps * kWarp, threads = kSumTeams * team_threads;
+  const bool producer = warp == kSumTeams * plan.warps;
   if (producer) {
     if (lane == 0) prefetch_map(&args.map);
     ring.init(plan.warps);
   }
   const auto results = reinterpret_cast<float*>(memory + plan.results_at);  // [assignment][row]
   for (uint32_t i = threadIdx.x; i < routing.assignments * kTileRows; i += blockDim.x) results[i] = 0;
-  if (routing.ids) clear_lists<kGroups>(routing, lists);
+  if (routing.ids) clear_lists<1>(routing, lists);
   if (!routing.settled) {
     wait_for_predecessor();
     release_successor();
   }
-  const uint32_t found = begin_lists<kGroups>(routing, lists, producer);
+  const uint32_t found = begin_lists<1>(routing, lists, producer);
   if (producer && lane == 0) lists.items->count = found;
   __syncthreads();
   if (producer) return stream_sum<W>(args, ring, base, lists);
 
-  finish_lists<kGroups>(routing, lists, threads);
+  finish_lists<1>(routing, lists, threads);
   if (routing.settled) {
     wait_for_predecessor();
     release_successor();
@@ -70,26 +72,21 @@ __global__ void __launch_bounds__((kMostTeams * kMoeWarps + 1) * kWarp, kGroups 
   };
 
   // Of the granule that comes kAhead later in this team's passes; past the last pass the last one once more.
-  constexpr int kAhead = kGroups == 1 && sizeof(W) == 2 ? 2 : 1;
-  uint4 x[kAhead][kGroups][2];
+  constexpr int kAhead = sizeof(W) == 2 ? 2 : 1;
+  uint4 x[kAhead][2];
   uint32_t ahead_item = team, ahead_step = 0;
   const auto load_ahead = [&](int slot) {
     const int32_t* const listed = lists.listed + min(ahead_item, count - 1) * kCount + lane / 4;
     const uint32_t at = (ahead_step * plan.warps + slab) * kSlabPitch + lane % 4 * 32;
+    const char* const from = args.x + *listed * args.x_stride + at;
 #pragma unroll
-    for (int n = 0; n < kGroups; ++n) {
-      const int32_t assignment = listed[n * 8];
-      const char* const from = args.x + assignment * args.x_stride + at;
-#pragma unroll
-      for (uint32_t h = 0; h < 2; ++h) {
-        x[slot][n][h] = {};
-        if (assignment >= 0 && at + h * 16 < args.depth_bytes)
-          x[slot][n][h] = *reinterpret_cast<const uint4*>(from + h * 16);
-      }
+    for (uint32_t h = 0; h < 2; ++h) {
+      x[slot][h] = {};
+      if (*listed >= 0 && at + h * 16 < args.depth_bytes) x[slot][h] = *reinterpret_cast<const uint4*>(from + h * 16);
     }
     if (++ahead_step == plan.steps) {
       ahead_step = 0;
-      ahead_item += plan.teams;
+      ahead_item += kSumTeams;
     }
   };
   const auto begin_tile = [&] {
@@ -118,7 +115,7 @@ __global__ void __launch_bounds__((kMostTeams * kMoeWarps + 1) * kWarp, kGroups 
   uint32_t buffer = 0;
   for (uint32_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
     uint32_t item = team, step = 0;
-    float sums[kGroups][4] = {}, scale = 1;
+    float sums[4] = {}, scale = 1;
     skip(min(team, count) * plan.steps);
     const auto take_granule = [&](int slot) {
       wait_barrier(ring.full(), ring.parity);
@@ -133,8 +130,7 @@ __global__ void __launch_bounds__((kMostTeams * kMoeWarps + 1) * kWarp, kGroups 
       for (int h = 0; h < 2; ++h) {
         const uint32_t from = first_chunk ^ h << 4;
         const uint4 upper = load_shared(from), lower = load_shared(from + 8 * kSlabPitch);
-#pragma unroll
-        for (int n = 0; n < kGroups; ++n) multiply<W>(sums[n], sums[n], upper, lower, x[slot][n][h]);
+        multiply<W>(sums, sums, upper, lower, x[slot][h]);
         other |= upper.x | lower.x;
       }
       ring.release(other);
@@ -143,25 +139,21 @@ __global__ void __launch_bounds__((kMostTeams * kMoeWarps + 1) * kWarp, kGroups 
       if (++step < plan.steps) return;
       // Of two buffers in turn: one is free again when its readers have come to the barrier of the next pass.
       float* const partial = partials + buffer * buffer_size;
-#pragma unroll
-      for (int n = 0; n < kGroups; ++n) {
-        store_partial(partial + slab * kCount * kPartialPitch, sums[n], n * 8, kCount);
-        for (float& sum : sums[n]) sum = 0;
-      }
+      store_partial(partial + slab * kCount * kPartialPitch, sums, 0, kCount);
+      for (float& sum : sums) sum = 0;
       sync_threads(1 + team, team_threads);
       for (uint32_t i = member; i < kCount * kTileRows; i += team_threads) {
         const uint32_t column = i / kTileRows, row = i % kTileRows;
         const int32_t assignment = lists.listed[item * kCount + column];
         if (assignment >= 0)
           results[assignment * kTileRows + row] =
-              sum_partial<kMostTeams * kMoeWarps>(partial + column * kPartialPitch + row, plan.warps,
-                                                  kCount * kPartialPitch) *
+              sum_partial<kMoeWarps>(partial + column * kPartialPitch + row, plan.warps, kCount * kPartialPitch) *
               (factors[item * kCount + column] * scale);
       }
       buffer ^= 1;
       step = 0;
-      skip(min(plan.teams - 1, count - item - 1) * plan.steps);
-      item += plan.teams;
+      skip(min(kSumTeams - 1, count - item - 1) * plan.steps);
+      item += kSumTeams;
     };
     while (item < count) {
       take_granule(0);
@@ -181,15 +173,98 @@ __global__ void __launch_bounds__((kMostTeams * kMoeWarps + 1) * kWarp, kGroups 
 #endif
 }
 
+// Of the parts of the assignments that the product before it has listed; the lists are older than that.
+template <class Out>
+struct MoePartsArgs {
+  Out* out;
+  const float* parts;
+  int64_t out_stride;
+  MoeRouting routing;
+  Divider<uint32_t> blocks_per_token, block_m;
+  uint32_t slots, width;
+};
+
+constexpr int kPartsThreads = 128;
+constexpr int kPartsVec = 4;
+constexpr uint32_t kMostPartsSlots = 32;  // bits of a word
+
+template <class Out>
+__global__ void __launch_bounds__(kPartsThreads) moe_parts_sum_kernel(const __grid_constant__ MoePartsArgs<Out> args) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  __shared__ uint32_t listed;
+  const MoeRouting& routing = args.routing;
+  uint32_t token, piece;
+  args.blocks_per_token(blockIdx.x, &token, &piece);
+  if (threadIdx.x == 0) listed = 0;
+  __syncthreads();
+  if (routing.ids) {
+    if (threadIdx.x < args.slots) {
+      const int32_t expert = expert_of(routing, token, threadIdx.x);
+      if (static_cast<uint32_t>(expert) < routing.experts) atomicOr(&listed, 1u << threadIdx.x);
+    }
+  } else {
+    const uint32_t used = min(static_cast<uint32_t>(max(*routing.num_tokens_post_pad, 0)), routing.positions);
+    for (uint32_t i = threadIdx.x; i < used; i += kPartsThreads) {
+      uint32_t block, rest, owner, slot;
+      args.block_m(i, &block, &rest);
+      const auto assignment = static_cast<uint32_t>(routing.sorted_token_ids[i]);
+      if (assignment >= routing.assignments || static_cast<uint32_t>(routing.expert_ids[block]) >= routing.experts)
+        continue;
+      routing.slots(assignment, &owner, &slot);
+      if (owner == token) atomicOr(&listed, 1u << slot);
+    }
+  }
+  wait_for_predecessor();
+  release_successor();
+  __syncthreads();
+  const uint32_t mask = listed, column = (piece * kPartsThreads + threadIdx.x) * kPartsVec;
+  if (column >= args.width) return;
+  const float* const from = args.parts + int64_t{token} * args.slots * args.width + column;
+  float sum[kPartsVec] = {};
+  constexpr uint32_t kAhead = 8;
+  for (uint32_t first = 0; first < args.slots; first += kAhead) {
+    Vec<float, kPartsVec> part[kAhead];
+#pragma unroll
+    for (uint32_t k = 0; k < kAhead; ++k) {
+      part[k] = {};
+      if (first + k < args.slots && (mask >> (first + k) & 1))
+        part[k] = load<kPartsVec>(from + int64_t{first + k} * args.width);
+    }
+#pragma unroll
+    for (uint32_t k = 0; k < kAhead; ++k) {
+      float values[kPartsVec];
+      to_floats(part[k], values);
+#pragma unroll
+      for (int i = 0; i < kPartsVec; ++i) sum[i] += values[i];
+    }
+  }
+  Out* const to = args.out + token * args.out_stride + column;
+#pragma unroll
+  for (int i = 0; i < kPartsVec; ++i) to[i] = from_float<Out>(sum[i]);
+#endif
+}
+
 template <class W>
 void launch_moe_warp_sum(Stream stream, const MoeArgs& a, const MoeWarpPlan& plan) {
   using Out = std::conditional_t<sizeof(W) == 1, bf16, W>;
   const auto args = warp_args<W>(a, plan, a.out.ptr<Out>(), a.out_rows.inner_stride);
-  const LaunchShape shape{plan.blocks, static_cast<int>((plan.teams * plan.warps + 1) * kWarp), 1, plan.shared_bytes};
-  if (kMoeWarpKernels[plan.kernel].groups == 1)
-    launch<moe_warp_sum_kernel<W, 1>>(stream, shape, args);
-  else
-    launch<moe_warp_sum_kernel<W, 2>>(stream, shape, args);
+  const LaunchShape shape{plan.blocks, static_cast<int>((kSumTeams * plan.warps + 1) * kWarp), 1, plan.shared_bytes};
+  launch<moe_warp_sum_kernel<W>>(stream, shape, args);
+}
+
+template <class W>
+void launch_moe_parts_sum(Stream stream, const MoeArgs& a, const MoeArgs& product, const MoeWarpPlan& plan) {
+  using Out = std::conditional_t<sizeof(W) == 1, bf16, W>;
+  const int64_t pieces = ceil_div(a.width, kPartsThreads * kPartsVec);
+  const MoePartsArgs<Out> args{a.out.ptr<Out>(),
+                               product.out.ptr<float>(),
+                               a.out_rows.inner_stride,
+                               routing_of(a, plan),
+                               Divider<uint32_t>(pieces),
+                               Divider<uint32_t>(a.block_m),
+                               static_cast<uint32_t>(a.slots),
+                               static_cast<uint32_t>(a.width)};
+  launch<moe_parts_sum_kernel<Out>>(stream, {a.tokens * pieces, kPartsThreads}, args);
 }
 
 }  // namespace kestrel::cuda
