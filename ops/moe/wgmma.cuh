@@ -52,7 +52,8 @@ struct WgmmaArgs {
   float residual;  // what a gate adds to its second factor
   bool tanh;
   uint32_t cluster_bits;
-  uint64_t policy;  // for weights in L2
+  bool guess;                          // every expert has one tile of rows, most likely
+  uint64_t weight_policy, out_policy;  // in L2
 };
 
 constexpr int kProducerThreads = 128, kGatherThreads = 96, kInfos = 3;
@@ -129,13 +130,30 @@ __device__ __forceinline__ void stream_weights(const WgmmaArgs<T, Out>& args, co
         const uint32_t to = ring.address() + unit * kUnitBytes;
         const int column = step * kDepth, from = row + (kPlain ? unit : unit / 2) * 64;
         if (place.bits == 0)
-          copy_box(to, map, column, from, work.expert, 0, ring.full(), args.policy);
+          copy_box(to, map, column, from, work.expert, 0, ring.full(), args.weight_policy);
         else if (unit / (kUnits / 2) == place.rank())
-          copy_box_to(3, to, map, column, from, work.expert, 0, ring.full(), args.policy);
+          copy_box_to(3, to, map, column, from, work.expert, 0, ring.full(), args.weight_policy);
       }
       ring.advance();
     }
   }
+}
+
+// Before the wait: the first weights of this block on their way to L2, if each expert has one tile as most have with
+// many tokens. If not, they are read for nothing, a few of them.
+template <class Tile, Finish kFinish, class T, class Out>
+__device__ __forceinline__ void prefetch_weights(const WgmmaArgs<T, Out>& args, int32_t panel_blocks) {
+  constexpr bool kPlain = kFinish == Finish::kPlain;
+  constexpr int kDepth = 128 / sizeof(T), kUnits = Shape<Tile>::kUnits;
+  const int32_t expert = static_cast<int32_t>(blockIdx.x) / panel_blocks;
+  if (expert >= args.list.experts) return;
+  int32_t panel, row;
+  locate<Tile, kFinish>(args, static_cast<int32_t>(blockIdx.x) % panel_blocks, &panel, &row);
+  for (int step = 0; step < Tile::kStages && step * kDepth < args.depth; ++step)
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit)
+      prefetch_box(&args.map[kPlain ? panel : unit % 2], step * kDepth, row + (kPlain ? unit : unit / 2) * 64, expert,
+                   0);
 }
 
 // Three warps. Lanes 8i to 8i + 7 copy the 128 bytes of a row.
@@ -385,7 +403,7 @@ __device__ __forceinline__ void finish(const WgmmaArgs<T, Out>& args, const floa
         const uint32_t row = read_row + i * (128 / kChunks);
         const uint4 chunk = load_shared(staged + to + row * kRowBytes + ((read_chunk ^ turn(row)) << 4));
         const uint32_t place = info.out[base + some + row];
-        if (place != kNone && inside) *reinterpret_cast<uint4*>(out + uint64_t{place} * 16) = chunk;
+        if (place != kNone && inside) store_global(out + uint64_t{place} * 16, chunk, args.out_policy);
       }
     }
   }
@@ -457,6 +475,8 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
   Rings<Tile> rings(shared);
   const Place place{args.cluster_bits};
   if (threadIdx.x == 0) rings.init(place.size());
+  const auto panel_blocks = [&] { return args.blocks_per_panel * (kFinish == Finish::kPlain ? args.panels : 1); };
+  if (args.guess && threadIdx.x == kWarp) prefetch_weights<Tile, kFinish>(args, panel_blocks());
   place.bits > 0 ? sync_cluster() : __syncthreads();
   wait_for_predecessor();
 
@@ -464,8 +484,7 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
   if (warp < kProducerThreads / kWarp) {
     if constexpr (Tile::kBlocks == 1) leave_registers<56>();
     for (int32_t block = 0; block >= 0;) {
-      const int32_t panel_blocks = args.blocks_per_panel * (kFinish == Finish::kPlain ? args.panels : 1);
-      shared->runs.build(args.list, block, panel_blocks, place.bits);
+      shared->runs.build(args.list, block, panel_blocks(), place.bits);
       sync_threads(3, kThreads);
       if (warp > 0)
         gather_rows<Tile>(args, shared->runs, place, shared->info, rings.stages, rings.infos);
@@ -548,7 +567,9 @@ void launch_tile(Stream stream, const MoeArgs& a) {
   // Where experts have several tiles, pairs of blocks share the weights, whose way from L2 is then what binds.
   const bool several = a.assignments() > a.experts * Tile::kTokens;
   args.cluster_bits = Tile::kGroups == 2 && several ? 1 : 0;
-  args.policy = several ? kKeepAsUsual : kEvictFirst;
+  args.guess = !several && a.assignments() >= 6 * a.experts;
+  args.weight_policy = several ? kKeepAsUsual : kEvictFirst;
+  args.out_policy = kKeepAsUsual;
   if constexpr (sizeof(T) == 1 || sizeof(Out) == 2) {
     if (a.gate == Gate::kGeluResidual || a.gate == Gate::kGelu)
       return launch_finish<T, Out, Tile, Finish::kErfGate>(stream, a, args);
