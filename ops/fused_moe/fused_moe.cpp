@@ -112,6 +112,7 @@ struct Layer {
   Gate gate{};
   const float* topk_weights = nullptr;
   int64_t topk_weights_stride = 0;
+  int up_tile = -1, down_tile = -1;
 };
 
 void run(const Steps& step, const Layer& layer, char* memory) {
@@ -159,6 +160,7 @@ void run(const Steps& step, const Layer& layer, char* memory) {
   up.gate = layer.gate;
   up.width = s.inner;
   up.depth = s.hidden;
+  up.tile = layer.up_tile;
 
   MoeArgs down = args;
   down.out = layer.out;
@@ -172,6 +174,7 @@ void run(const Steps& step, const Layer& layer, char* memory) {
   down.workspace = Tensor(memory + l.work, DType::kU8, {l.parts_bytes}, device);
   down.width = s.hidden;
   down.depth = s.inner;
+  down.tile = layer.down_tile;
 
   if (s.fp8) {
     const auto scale = reinterpret_cast<float*>(memory + l.x_scale);
@@ -206,16 +209,14 @@ int64_t fused_moe_workspace_bytes(int64_t tokens, int64_t slots, int64_t experts
 
 void fused_moe(Stream stream, Tensor out, std::optional<Tensor> workspace, Tensor x, Tensor w_up,
                std::optional<Tensor> w_up_scale, Tensor w_down, std::optional<Tensor> w_down_scale, Tensor topk_weights,
-               Tensor topk_ids, std::optional<Tensor> expert_map, int64_t block_m, std::string_view activation) {
+               Tensor topk_ids, std::optional<Tensor> expert_map, int64_t block_m, int64_t tile,
+               std::string_view activation) {
   Contract c("fused_moe");
   Layer layer;
   layer.out = out;
   layer.x = x;
   layer.topk_ids = topk_ids;
-  const std::optional<Gate> gate = gate_named(c, activation);
-  c.require(gate.has_value(), "activation", "gelu_residual, silu_and_mul, gelu_and_mul or gelu_tanh_and_mul",
-            std::string("none"));
-  layer.gate = *gate;
+  layer.gate = *gate_named(c, activation, false);
   c.require(w_up_scale.has_value() == w_down_scale.has_value(), "w_up_scale and w_down_scale must be given together");
   const bool fp8 = w_up_scale.has_value();
 
@@ -246,6 +247,14 @@ void fused_moe(Stream stream, Tensor out, std::optional<Tensor> workspace, Tenso
   }
   c.require(experts >= 1 && experts <= kMaxExperts, mapped ? "expert_map" : "w_up", "of 1 to 1024 experts", experts);
   c.require(block_m >= 1 && block_m <= kInt32Max, "block_m", "from 1 to 2^31 - 1", block_m);
+  MoeArgs tiled;  // what check_tile() wants to know
+  tiled.dtype = layer.dtype;
+  tiled.tokens = T;
+  tiled.block_m = block_m;
+  for (const bool is_down : {false, true}) {
+    check_tile(c, tile, {E, H, inner, layer.dtype}, is_down, &tiled);
+    (is_down ? layer.down_tile : layer.up_tile) = tiled.tile;
+  }
   layer.sizes = {T, K, experts, H, inner, block_m, fp8};
   c.require(T * K <= kInt32Max && layer.sizes.places() <= kInt32Max, "topk_ids",
             "of less than 2^31 elements, padded to whole blocks", layer.sizes.places());

@@ -28,6 +28,7 @@ inline constexpr FewRowsKernel kFewRowsKernels[] = {
     {2, InputPlace::kRegisters, 2, 12, 2}, {2, InputPlace::kRegisters, 4, 8, 2}, {2, InputPlace::kStreamed, 4, 8, 1},
 };
 inline constexpr int kLightKernel = 0;  // of few registers, up to 16 warps
+inline constexpr int kFourSteps = 1;
 inline constexpr int kFewRowsKernelCount = sizeof(kFewRowsKernels) / sizeof(FewRowsKernel);
 
 // How a granule of weights is fetched.

@@ -40,6 +40,7 @@ struct MoeArgs {
   const int32_t* num_tokens_post_pad = nullptr;
   int64_t positions = 0;  // the most that num_tokens_post_pad may say
   int64_t block_m = 1;
+  int tile = -1;  // moe_tile(), as high as block_m; -1: none is
 
   int64_t assignments() const { return tokens * slots; }
 };

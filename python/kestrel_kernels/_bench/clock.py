@@ -34,8 +34,9 @@ class Clock:
     most_sets: int
     most_bytes: int  # of all sets together
 
-    def sets_for(self, set_bytes: int) -> int:
-        wanted = -(-3 * self.cache // max(set_bytes, 1)) + 1
+    def sets_for(self, set_bytes: int, touched: int) -> int:
+        """How many sets, of which a call touches some bytes, go round before one comes from a cache."""
+        wanted = -(-3 * self.cache // max(min(touched, set_bytes), 1)) + 1
         return max(2, min(wanted, self.most_sets, self.most_bytes // max(set_bytes, 1)))
 
     def time(self, calls: Sequence[Call]) -> tuple[float, float]:

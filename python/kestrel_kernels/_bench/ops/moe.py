@@ -196,7 +196,7 @@ class FusedMoe(MoeProduct):
 
     def __init__(self, case: str) -> None:
         super().__init__(case)
-        self.function = "moe_layer.fused_moe"
+        self.function = "cute_moe.fused_moe"
         self.arguments = f"x w_up w_down topk_weights topk_ids out= {self.options}"
 
     def inputs(self, make: Maker) -> Set:
@@ -225,8 +225,10 @@ class FusedMoe(MoeProduct):
         """In bf16 as it is rounded between the products, in fp8 as e4m3 with a scale for each row."""
         if self.dtype == "bf16":
             return x.bfloat16().to(x.dtype)
-        values = x.float()  # bf16 values are often halfway between two of e4m3: fp32 decides which
-        scale = (values.abs().amax(-1, keepdim=True) / 448).clamp_min(1e-6)
+        # bf16 values are often halfway between two of e4m3: the last bit of the scale decides which. On CUDA, torch
+        # divides by a number as it multiplies by its reciprocal, and rounds twice; by a tensor it divides.
+        values = x.float()
+        scale = (values.abs().amax(-1, keepdim=True) / values.new_full((), 448)).clamp_min(1e-6)
         return (values * (1 / scale)).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
     def _layer(self, s: Set, cast: _Cast) -> torch.Tensor:
