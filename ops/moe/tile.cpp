@@ -60,7 +60,7 @@ struct Rule {
   int most_rows;  // of an expert
   int block_m;
 };
-constexpr Rule kRules[] = {{32, 16}, {128, 64}, {0, 128}};
+constexpr Rule kRules[] = {{2, 16}, {16, 32}, {0, 128}};
 
 constexpr int tile_of_height(int64_t block_m, DType dtype) {
   for (int i = 0; i < kMoeTileCount; ++i)

@@ -6,6 +6,8 @@
 #include "kestrel/hopper/pdl.cuh"
 #include "kestrel/hopper/vec.cuh"
 #include "kestrel/launch.h"
+#include "ops/moe/compiled_tiles.h"
+#include "ops/moe/tile.h"
 #include "ops/moe/wgmma.h"
 
 namespace kestrel::cuda {
@@ -89,9 +91,26 @@ bool fits(const MoeArgs& a, DType out) {
   return a.reduce || rows_fit(a.out.data, a.out_rows, out);
 }
 
-// Up to 16 rows of an expert the narrow tile wastes less, and its two blocks on an SM overlap with the next kernel's.
+template <class Tile>
+constexpr bool is(const MoeTile& t) {
+  return t.block_m == Tile::kTokens && t.block_n == 128 * Tile::kGroups && t.num_warps == 4 * (1 + Tile::kGroups) &&
+         t.num_stages == Tile::kStages && t.block_k == (t.takes(DType::kE4M3) ? 128 : 64);
+}
+constexpr bool all_compiled() {
+  for (const MoeTile& t : kMoeTiles)
+    if (t.kernel == MoeKernel::kWgmma && !is<WideTile>(t) && !is<NarrowTile>(t)) return false;
+  return true;
+}
+static_assert(all_compiled(), "ops/moe/tiles.json has a tile of wgmma that wgmma.h does not have");
+
+// Up to 16 rows of an expert the narrow tile loses nothing, and its two blocks on an SM overlap.
+WgmmaTile tile_of(const MoeArgs& a) {
+  const bool narrow = a.tile >= 0 ? is<NarrowTile>(moe_tile(a.tile)) : a.assignments() <= 16 * a.experts;
+  return narrow ? WgmmaTile::kNarrow : WgmmaTile::kWide;
+}
+
 void product(Stream stream, const MoeArgs& a) {
-  const WgmmaTile tile = a.assignments() <= 16 * a.experts ? WgmmaTile::kNarrow : WgmmaTile::kWide;
+  const WgmmaTile tile = tile_of(a);
   switch (a.dtype) {
     case DType::kBF16: return launch_moe_wgmma<bf16>(stream, a, tile);
     case DType::kF16: return launch_moe_wgmma<f16>(stream, a, tile);

@@ -5,8 +5,9 @@
 
 namespace kestrel::cuda {
 
-// kTokens: the most rows of x of a tile. kGroups: consumer warpgroups, each with 128 rows of weights (of a gate 64 of
-// either panel). kBlocks: on an SM. kRuns: experts that the block's table holds at a time.
+// kTokens: the most rows of x of a tile, whatever the height of a block of the alignment. kGroups: consumer warpgroups,
+// each with 128 rows of weights (of a gate 64 of either panel). kBlocks: on an SM. kRuns: experts that a block's table
+// holds at a time.
 struct WideTile {
   static constexpr int kTokens = 128, kGroups = 2, kStages = 4, kBlocks = 1, kRuns = 512;
 };
