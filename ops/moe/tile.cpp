@@ -72,7 +72,7 @@ struct Rule {
   MoeKernel kernel;
   int block_m;
 };
-constexpr Rule kRules[] = {{4, MoeKernel::kWarp, 16}, {16, MoeKernel::kWgmma, 32}, {0, MoeKernel::kWgmma, 128}};
+constexpr Rule kRules[] = {{2, MoeKernel::kWarp, 16}, {16, MoeKernel::kWgmma, 32}, {0, MoeKernel::kWgmma, 128}};
 
 constexpr int tile_of(const Rule& rule, DType dtype) {
   for (int i = 0; i < kMoeTileCount; ++i)

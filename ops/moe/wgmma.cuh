@@ -51,6 +51,9 @@ struct WgmmaArgs {
   int32_t width, depth, panels, blocks_per_panel;
   float residual;  // what a gate adds to its second factor
   bool tanh;
+  uint32_t cluster_bits;
+  bool guess;                          // every expert has one tile of rows, most likely
+  uint64_t weight_policy, out_policy;  // in L2
 };
 
 constexpr int kProducerThreads = 128, kGatherThreads = 96, kInfos = 3;
@@ -79,32 +82,16 @@ struct Shape {
   static_assert((kSharedBytes + 1024) * Tile::kBlocks <= 228 * 1024, "as many blocks on an SM");
 };
 
-// cp.async.mbarrier.arrive.noinc: arrives when this thread's copies so far have landed.
-__device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-// stmatrix.x4.trans
-__device__ __forceinline__ void store_transposed(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b),
-               "r"(c), "r"(d)
-               : "memory");
-}
-
-__device__ __forceinline__ void store_shared(uint32_t to, float value) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
-}
-
 template <class Tile>
 struct Rings {
   Ring stages, infos;
   __device__ __forceinline__ explicit Rings(typename Shape<Tile>::Shared* shared)
       : stages{shared_address(shared->ring), shared_address(shared->barriers), Tile::kStages, Shape<Tile>::kStageBytes},
         infos{0, shared_address(shared->barriers + 2 * Tile::kStages), kInfos, 0} {}
-  __device__ __forceinline__ void init() const {
+  __device__ __forceinline__ void init(uint32_t cluster) const {
     for (int i = 0; i < Tile::kStages; ++i) {
       init_barrier(stages.barriers + i * 16, 1 + kGatherThreads);
-      init_barrier(stages.barriers + i * 16 + 8, 4 * Tile::kGroups);
+      init_barrier(stages.barriers + i * 16 + 8, 4 * Tile::kGroups * cluster);
     }
     for (int i = 0; i < kInfos; ++i) {
       init_barrier(infos.barriers + i * 16, kGatherThreads);
@@ -122,32 +109,56 @@ __device__ __forceinline__ void locate(const Args& args, int32_t panel_block, in
   *row = (panel_block - *panel * args.blocks_per_panel) * kRows;
 }
 
-// One thread.
+// One thread. In a cluster each block reads its share of the weights for all: a stage must be free in all of them.
 template <class Tile, Finish kFinish, class T, class Out>
-__device__ __forceinline__ void stream_weights(const WgmmaArgs<T, Out>& args, const auto& runs, Ring& ring) {
+__device__ __forceinline__ void stream_weights(const WgmmaArgs<T, Out>& args, const auto& runs, const Place& place,
+                                               Ring& ring) {
   constexpr bool kPlain = kFinish == Finish::kPlain;
-  constexpr int kDepth = 128 / sizeof(T);
+  constexpr int kDepth = 128 / sizeof(T), kUnits = Shape<Tile>::kUnits;
   const int32_t steps = (args.depth + kDepth - 1) / kDepth;
   int run = 0;
   TileWork work;
-  for (uint32_t tile = blockIdx.x; runs.get(tile, &run, &work); tile += gridDim.x) {
+  for (uint32_t tile = place.cluster(); runs.get(tile, place, &run, &work); tile += place.clusters()) {
     int32_t panel, row;
     locate<Tile, kFinish>(args, work.panel_block, &panel, &row);
     for (int32_t step = 0; step < steps; ++step) {
       wait_barrier(ring.empty(), ring.parity ^ 1);
       arrive_expecting(ring.full(), Shape<Tile>::kWeightBytes);
 #pragma unroll
-      for (int unit = 0; unit < Shape<Tile>::kUnits; ++unit)
-        copy_box(ring.address() + unit * kUnitBytes, &args.map[kPlain ? panel : unit % 2], step * kDepth,
-                 row + (kPlain ? unit : unit / 2) * 64, work.expert, 0, ring.full());
+      for (int unit = 0; unit < kUnits; ++unit) {
+        const CUtensorMap* const map = &args.map[kPlain ? panel : unit % 2];
+        const uint32_t to = ring.address() + unit * kUnitBytes;
+        const int column = step * kDepth, from = row + (kPlain ? unit : unit / 2) * 64;
+        if (place.bits == 0)
+          copy_box_kept(to, map, column, from, work.expert, 0, ring.full(), args.weight_policy);
+        else if (unit / (kUnits / 2) == place.rank())
+          copy_box_to(3, to, map, column, from, work.expert, 0, ring.full(), args.weight_policy);
+      }
       ring.advance();
     }
   }
 }
 
+// Before the wait: the first weights of this block on their way to L2, if each expert has one tile as most have with
+// many tokens. If not, they are read for nothing, a few of them.
+template <class Tile, Finish kFinish, class T, class Out>
+__device__ __forceinline__ void prefetch_weights(const WgmmaArgs<T, Out>& args, int32_t panel_blocks) {
+  constexpr bool kPlain = kFinish == Finish::kPlain;
+  constexpr int kDepth = 128 / sizeof(T), kUnits = Shape<Tile>::kUnits;
+  const int32_t expert = static_cast<int32_t>(blockIdx.x) / panel_blocks;
+  if (expert >= args.list.experts) return;
+  int32_t panel, row;
+  locate<Tile, kFinish>(args, static_cast<int32_t>(blockIdx.x) % panel_blocks, &panel, &row);
+  for (int step = 0; step < Tile::kStages && step * kDepth < args.depth; ++step)
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit)
+      prefetch_box(&args.map[kPlain ? panel : unit % 2], step * kDepth, row + (kPlain ? unit : unit / 2) * 64, expert,
+                   0);
+}
+
 // Three warps. Lanes 8i to 8i + 7 copy the 128 bytes of a row.
 template <class Tile, class T, class Out>
-__device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const auto& runs,
+__device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const auto& runs, const Place& place,
                                             typename Shape<Tile>::Info* infos, Ring& ring, Ring& info_ring) {
   constexpr int kDepth = 128 / sizeof(T), kVec = kVec16<T>;
   constexpr int kOwn = (Tile::kTokens + kGatherThreads - 1) / kGatherThreads;
@@ -160,8 +171,8 @@ __device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const
 
   int run = 0;
   TileWork work;
-  uint32_t tile = blockIdx.x;
-  bool more = runs.get(tile, &run, &work);
+  uint32_t tile = place.cluster();
+  bool more = runs.get(tile, place, &run, &work);
   int32_t ids[kOwn];
   const auto load_ids = [&] {
 #pragma unroll
@@ -206,8 +217,8 @@ __device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const
       const uint32_t row = row0 + p * kRowsAtOnce;
       from[p] = row < Tile::kTokens ? info.x[row] : kNone;
     }
-    tile += gridDim.x;
-    more = runs.get(tile, &run, &work);
+    tile += place.clusters();
+    more = runs.get(tile, place, &run, &work);
     load_ids();
 
     for (int32_t step = 0; step < steps; ++step) {
@@ -233,11 +244,23 @@ __device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const
   }
 }
 
-// sums[t] = weights of unit t of this group times kN rows of x, over the whole depth.
-template <class T, int kN>
-__device__ __forceinline__ void multiply(float (&sums)[2][kN / 2], int group, uint32_t weight_bytes, int32_t steps,
-                                         Ring& ring) {
-  const bool first_lane = threadIdx.x % kWarp == 0;
+// By each consumer warp, when the products of the whole group that read the stage are done.
+__device__ __forceinline__ void release(const Ring& ring, const Place& place) {
+  if (threadIdx.x % kWarp != 0) return;
+  arrive(ring.empty());
+  if (place.bits > 0) arrive_at(ring.empty(), place.rank() ^ 1);
+}
+
+template <int kN, int kMost>
+__device__ __forceinline__ float (&first_of(float (&sums)[kMost]))[kN] {
+  return reinterpret_cast<float(&)[kN]>(sums);
+}
+
+// sums[t] = weights of unit t of this group times kN rows of x, over the whole depth. Each stage is waited for: the
+// other group keeps the tensor cores busy, and the stage is free as soon as it can be.
+template <class T, int kN, int kMost>
+__device__ __forceinline__ void multiply(float (&sums)[2][kMost], int group, uint32_t weight_bytes, int32_t steps,
+                                         const Place& place, Ring& ring) {
 #pragma unroll
   for (int t = 0; t < 2; ++t)
 #pragma unroll
@@ -246,34 +269,39 @@ __device__ __forceinline__ void multiply(float (&sums)[2][kN / 2], int group, ui
     wait_barrier(ring.full(), ring.parity);
     const uint64_t a = k_major(ring.address() + group * 2 * kUnitBytes), b = k_major(ring.address() + weight_bytes);
     if constexpr (sizeof(T) == 1) {
-      constexpr int kAtOnce = kN <= 32 ? 2 : 1;
+      // While one product runs, the one before it is added up: of two units, or of four halves where the registers
+      // do not hold two.
+      constexpr int kPart = kN <= 80 ? kN : kN / 2, kParts = 2 * kN / kPart;
+      float part[2][kPart / 2];
+      const auto add = [&](int p) {
 #pragma unroll
-      for (int first = 0; first < 2; first += kAtOnce) {
-        float part[kAtOnce][kN / 2];
+        for (int i = 0; i < kPart / 2; ++i) sums[p * kPart / kN][p * kPart % kN / 2 + i] += part[p % 2][i];
+      };
+#pragma unroll
+      for (int p = 0; p < kParts; ++p) {
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k)
-#pragma unroll
-          for (int t = 0; t < kAtOnce; ++t)
-            wgmma<T, kN>(part[t], advance(a, (first + t) * kUnitBytes + k * 32), advance(b, k * 32), k > 0);
+          wgmma<T, kPart>(part[p % 2], advance(a, p * kPart / kN * kUnitBytes + k * 32),
+                          advance(b, p * kPart % kN * 128 + k * 32), k > 0);
         wgmma_commit();
-        wgmma_wait<0>();
-        if (first + kAtOnce == 2 && first_lane) arrive(ring.empty());
-#pragma unroll
-        for (int t = 0; t < kAtOnce; ++t)
-#pragma unroll
-          for (int i = 0; i < kN / 2; ++i) sums[first + t][i] += part[t][i];
+        if (p == 0) continue;
+        wgmma_wait<1>();
+        add(p - 1);
       }
+      wgmma_wait<0>();
+      release(ring, place);
+      add(kParts - 1);
     } else {
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k)
 #pragma unroll
         for (int t = 0; t < 2; ++t)
-          wgmma<T, kN>(sums[t], advance(a, t * kUnitBytes + k * 32), advance(b, k * 32), true);
+          wgmma<T, kN>(first_of<kN / 2>(sums[t]), advance(a, t * kUnitBytes + k * 32), advance(b, k * 32), true);
       wgmma_commit();
-      wgmma_wait<0>();  // the other group keeps the tensor cores busy, and the stage is free when it can be
-      if (first_lane) arrive(ring.empty());
+      wgmma_wait<0>();
+      release(ring, place);
     }
     ring.advance();
   }
@@ -292,14 +320,17 @@ __device__ __forceinline__ float apply_finish(const auto& args, float a, float b
 
 // To out: two sums of their own, or one of both, 128 or 64 columns of the group. Its values are turned round by way of
 // shared memory, some rows at a time, and leave in whole lines; 32 bytes at a time they took as long as the products.
-template <int kN, Finish kFinish, class T, class Out>
-__device__ __forceinline__ void finish(const WgmmaArgs<T, Out>& args, const float (&sums)[2][kN / 2],
-                                       const float (&scale)[2][2], const auto& info, uint32_t staged, int group,
-                                       int32_t panel, int32_t column, uint32_t* buffer) {
+// A loop over 32 rows at a time, not unrolled: straight code for 128 rows is read from memory for every tile.
+template <Finish kFinish, int kMost, class T, class Out>
+__device__ __forceinline__ void finish(const WgmmaArgs<T, Out>& args, const float (&sums)[2][kMost],
+                                       const float (&scale)[2][2], const auto& info, int32_t rows, uint32_t staged,
+                                       int group, int32_t panel, int32_t column, uint32_t* buffer) {
   constexpr bool kPlain = kFinish == Finish::kPlain, kScaled = sizeof(T) == 1, kShort = sizeof(Out) == 2;
   constexpr int kResults = kPlain ? 2 : 1, kRows = kShort ? 16 : 8;
   constexpr uint32_t kRowBytes = kResults * 64 * sizeof(Out), kChunks = kRowBytes / 16;
-  const uint32_t thread = threadIdx.x % 128, lane = thread % kWarp, warp = thread / kWarp, g = lane / 4, q = lane % 4;
+  uint32_t thread = threadIdx.x % 128;
+  compute_now(thread);  // what follows from it is not kept in registers while products run
+  const uint32_t lane = thread % kWarp, warp = thread / kWarp, g = lane / 4, q = lane % 4;
   // Chunk c of row r lies at chunk c ^ turn(r).
   const auto turn = [](uint32_t row) { return kShort ? row % 8 : row / 2 % 4 * 2; };
   const uint32_t write_row = lane / 16 * 8 + lane % 8, write_chunk = warp * 2 + lane / 8 % 2;
@@ -308,59 +339,79 @@ __device__ __forceinline__ void finish(const WgmmaArgs<T, Out>& args, const floa
   char* const out = reinterpret_cast<char*>(args.out + int64_t{panel} * args.width + column) + read_chunk * 16;
   const bool inside = column + static_cast<int32_t>(read_chunk * (16 / sizeof(Out))) < args.width;
 
+#pragma unroll 1
+  for (int base = 0; base < rows; base += 32) {
+    float values[2][16];  // of rows 8 (i / 4) + 2 q + i % 2, columns g + 8 (i / 2 % 2)
+    const auto take = [&]<int kFrom>() {
 #pragma unroll
-  for (int tokens = 0; tokens < kN; tokens += kRows) {
-    const uint32_t to = *buffer * 4096;
-    *buffer ^= 1;
-    float factor[4] = {1, 1, 1, 1};
-    if constexpr (kScaled || kPlain) {
+      for (int t = 0; t < 2; ++t)
 #pragma unroll
-      for (int h = 0; h < kRows / 8; ++h) {
-        const float2 pair = *reinterpret_cast<const float2*>(&info.factor[tokens + h * 8 + q * 2]);
-        factor[h * 2] = pair.x;
-        factor[h * 2 + 1] = pair.y;
+        for (int i = 0; i < 16; ++i) values[t][i] = sums[t][kFrom + i];
+    };
+    if constexpr (kMost == 16) {
+      take.template operator()<0>();
+    } else {
+      switch (base / 32) {
+        case 0: take.template operator()<0>(); break;
+        case 1: take.template operator()<16>(); break;
+        case 2: take.template operator()<32>(); break;
+        default: take.template operator()<48>();
       }
     }
 #pragma unroll
-    for (int result = 0; result < kResults; ++result) {
-      float values[kRows / 2];  // [half of the rows][half of the columns][row]
+    for (int i = 0; i < 16; i += 2) {
+      float2 factor = {1, 1};
+      if constexpr (kScaled || kPlain)
+        factor = *reinterpret_cast<const float2*>(&info.factor[base + i / 4 * 8 + q * 2]);
 #pragma unroll
-      for (int i = 0; i < kRows / 2; ++i) {
-        const int at = tokens / 2 + i;
-        const auto scaled = [&](int t) {
-          float v = sums[t][at] * factor[i / 4 * 2 + i % 2];
-          if constexpr (kScaled) v *= scale[t][i / 2 % 2];
-          return v;
-        };
-        values[i] = scaled(result);
-        if constexpr (!kPlain) values[i] = apply_finish<Out, kFinish>(args, values[i], scaled(1));
-      }
-      if constexpr (kShort) {
-        store_transposed(write + to + result * 128, from_float2<Out>(values[0], values[1]),
-                         from_float2<Out>(values[2], values[3]), from_float2<Out>(values[4], values[5]),
-                         from_float2<Out>(values[6], values[7]));
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const uint32_t row = q * 2 + i % 2, chunk = result * 16 + warp * 4 + i / 2 * 2 + g / 4;
-          store_shared(staged + to + row * kRowBytes + ((chunk ^ turn(row)) << 4) + g % 4 * 4, values[i]);
+      for (int t = 0; t < 2; ++t) {
+        if constexpr (kScaled || kPlain) {
+          values[t][i] *= factor.x;
+          values[t][i + 1] *= factor.y;
+        }
+        if constexpr (kScaled) {
+          values[t][i] *= scale[t][i / 2 % 2];
+          values[t][i + 1] *= scale[t][i / 2 % 2];
         }
       }
+      if constexpr (!kPlain) {
+        values[0][i] = apply_finish<Out, kFinish>(args, values[0][i], values[1][i]);
+        values[0][i + 1] = apply_finish<Out, kFinish>(args, values[0][i + 1], values[1][i + 1]);
+      }
     }
-    sync_threads(4 + group, 128);
 #pragma unroll
-    for (int i = 0; i < kResults; ++i) {
-      const uint32_t row = read_row + i * (128 / kChunks);
-      const uint4 chunk = load_shared(staged + to + row * kRowBytes + ((read_chunk ^ turn(row)) << 4));
-      const uint32_t place = info.out[tokens + row];
-      if (place != kNone && inside) *reinterpret_cast<uint4*>(out + uint64_t{place} * 16) = chunk;
+    for (int some = 0; some < 32; some += kRows) {
+      const uint32_t to = *buffer * 4096;
+      *buffer ^= 1;
+#pragma unroll
+      for (int result = 0; result < kResults; ++result) {
+        const float* const v = &values[result][some / 2];
+        if constexpr (kShort) {
+          store_transposed(write + to + result * 128, from_float2<Out>(v[0], v[1]), from_float2<Out>(v[2], v[3]),
+                           from_float2<Out>(v[4], v[5]), from_float2<Out>(v[6], v[7]));
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const uint32_t row = q * 2 + i % 2, chunk = result * 16 + warp * 4 + i / 2 * 2 + g / 4;
+            store_shared(staged + to + row * kRowBytes + ((chunk ^ turn(row)) << 4) + g % 4 * 4, v[i]);
+          }
+        }
+      }
+      sync_threads(4 + group, 128);
+#pragma unroll
+      for (int i = 0; i < kResults; ++i) {
+        const uint32_t row = read_row + i * (128 / kChunks);
+        const uint4 chunk = load_shared(staged + to + row * kRowBytes + ((read_chunk ^ turn(row)) << 4));
+        const uint32_t place = info.out[base + some + row];
+        if (place != kNone && inside) store_global(out + uint64_t{place} * 16, chunk, args.out_policy);
+      }
     }
   }
 }
 
 template <class Tile, Finish kFinish, class T, class Out>
-__device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename Shape<Tile>::Shared* shared, Ring& ring,
-                                        Ring& info_ring) {
+__device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename Shape<Tile>::Shared* shared,
+                                        const Place& place, Ring& ring, Ring& info_ring) {
   constexpr bool kPlain = kFinish == Finish::kPlain;
   const int warp = threadIdx.x / kWarp - kProducerThreads / kWarp, lane = threadIdx.x % kWarp;
   const int group = Tile::kGroups == 1 ? 0 : warp / 4;
@@ -369,7 +420,7 @@ __device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename 
   uint32_t buffer = 0;
   int run = 0;
   TileWork work;
-  for (uint32_t tile = blockIdx.x; shared->runs.get(tile, &run, &work); tile += gridDim.x) {
+  for (uint32_t tile = place.cluster(); shared->runs.get(tile, place, &run, &work); tile += place.clusters()) {
     int32_t panel, row;
     locate<Tile, kFinish>(args, work.panel_block, &panel, &row);
     const int32_t column = row + group * (kPlain ? 128 : 64);
@@ -387,16 +438,16 @@ __device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename 
     const auto& info = shared->info[info_ring.stage];
     wait_barrier(info_ring.full(), info_ring.parity);
     const int32_t rows = max(info.rows[0], max(info.rows[1], info.rows[2]));
-    const auto tile_of = [&]<int kN>() {
-      float sums[2][kN / 2];
-      multiply<T, kN>(sums, group, Shape<Tile>::kWeightBytes, steps, ring);
-      finish<kN, kFinish>(args, sums, scale, info, staged, group, panel, column, &buffer);
+    float sums[2][Tile::kTokens / 2];
+    const auto multiply_by = [&]<int kN>() {
+      multiply<T, kN>(sums, group, Shape<Tile>::kWeightBytes, steps, place, ring);
     };
     const int sixteens = max((rows + 15) / 16, 1);
     [&]<int... i>(std::integer_sequence<int, i...>) {
-      ((sixteens == i + 1 ? (tile_of.template operator()<16 * (i + 1)>(), true) : false) || ...);
+      ((sixteens == i + 1 ? (multiply_by.template operator()<16 * (i + 1)>(), true) : false) || ...);
     }
     (std::make_integer_sequence<int, Tile::kTokens / 16>());
+    finish<kFinish>(args, sums, scale, info, rows, staged, group, panel, column, &buffer);
     __syncwarp();
     if (lane == 0) arrive(info_ring.empty());
     info_ring.advance();
@@ -413,21 +464,23 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
   auto* const shared = reinterpret_cast<typename Shape<Tile>::Shared*>(
       unaligned + ((shared_address(unaligned) + 1023) / 1024 * 1024 - shared_address(unaligned)));
   Rings<Tile> rings(shared);
-  if (threadIdx.x == 0) rings.init();
-  __syncthreads();
+  const Place place{args.cluster_bits};
+  if (threadIdx.x == 0) rings.init(place.size());
+  const auto panel_blocks = [&] { return args.blocks_per_panel * (kFinish == Finish::kPlain ? args.panels : 1); };
+  if (args.guess && threadIdx.x == kWarp) prefetch_weights<Tile, kFinish>(args, panel_blocks());
+  place.bits > 0 ? sync_cluster() : __syncthreads();
   wait_for_predecessor();
 
   const int warp = threadIdx.x / kWarp;
   if (warp < kProducerThreads / kWarp) {
     if constexpr (Tile::kBlocks == 1) leave_registers<56>();
     for (int32_t block = 0; block >= 0;) {
-      const int32_t panel_blocks = args.blocks_per_panel * (kFinish == Finish::kPlain ? args.panels : 1);
-      shared->runs.build(args.list, block, panel_blocks);
+      shared->runs.build(args.list, block, panel_blocks(), place.bits);
       sync_threads(3, kThreads);
       if (warp > 0)
-        gather_rows<Tile>(args, shared->runs, shared->info, rings.stages, rings.infos);
+        gather_rows<Tile>(args, shared->runs, place, shared->info, rings.stages, rings.infos);
       else if (threadIdx.x == 0)
-        stream_weights<Tile, kFinish>(args, shared->runs, rings.stages);
+        stream_weights<Tile, kFinish>(args, shared->runs, place, rings.stages);
       block = shared->runs.next_block;
       __syncwarp();
       if (block >= 0) sync_threads(3, kThreads);
@@ -436,21 +489,23 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
     if constexpr (Tile::kBlocks == 1) take_registers<224>();
     for (int32_t block = 0; block >= 0;) {
       sync_threads(3, kThreads);
-      consume<Tile, kFinish>(args, shared, rings.stages, rings.infos);
+      consume<Tile, kFinish>(args, shared, place, rings.stages, rings.infos);
       block = shared->runs.next_block;
       __syncwarp();
       if (block >= 0) sync_threads(3, kThreads);
     }
   }
+  if (place.bits > 0) sync_cluster();  // a peer's copies and arrivals come to this block's memory
 #endif
 }
 
 template <class T, class Out, class Tile, Finish kFinish>
 void launch_finish(Stream stream, const MoeArgs& a, const WgmmaArgs<T, Out>& args) {
-  const int64_t tiles = (a.positions / Tile::kTokens + a.positions / a.block_m + 1) * args.blocks_per_panel * a.panels;
-  const int64_t blocks = std::min<int64_t>(tiles, int64_t{sm_count()} * Tile::kBlocks);
-  launch<moe_wgmma_kernel<T, Out, Tile, kFinish>>(stream, {blocks, Shape<Tile>::kThreads, 1, Shape<Tile>::kSharedBytes},
-                                                  args);
+  const int cluster = 1 << args.cluster_bits;
+  const int64_t most = (a.positions / Tile::kTokens + a.positions / a.block_m + 1) * args.blocks_per_panel * a.panels;
+  const int64_t blocks = std::min<int64_t>(most * cluster, sm_count() / cluster * cluster * int64_t{Tile::kBlocks});
+  launch<moe_wgmma_kernel<T, Out, Tile, kFinish>>(
+      stream, {blocks, Shape<Tile>::kThreads, 1, Shape<Tile>::kSharedBytes, cluster}, args);
 }
 
 inline ChunkRows chunk_rows(const Rows& rows, int64_t size) {
@@ -500,6 +555,12 @@ void launch_tile(Stream stream, const MoeArgs& a) {
   args.blocks_per_panel = static_cast<int32_t>(ceil_div(a.width, rows));
   args.residual = a.gate == Gate::kGeluResidual ? 1 : 0;
   args.tanh = a.gate == Gate::kGeluTanh;
+  // Where experts have several tiles, pairs of blocks share the weights, whose way from L2 is then what binds.
+  const bool several = a.assignments() > a.experts * Tile::kTokens;
+  args.cluster_bits = Tile::kGroups == 2 && several ? 1 : 0;
+  args.guess = !several && a.assignments() >= 6 * a.experts;
+  args.weight_policy = several ? kKeepAsUsual : kEvictFirst;
+  args.out_policy = kKeepAsUsual;
   if constexpr (sizeof(T) == 1 || sizeof(Out) == 2) {
     if (a.gate == Gate::kGeluResidual || a.gate == Gate::kGelu)
       return launch_finish<T, Out, Tile, Finish::kErfGate>(stream, a, args);

@@ -1,8 +1,10 @@
 // Which tiles there are, worked out by every block for itself from the list on the device. A run is what one expert has
 // of the list: adjacent blocks. Its rows are cut into tiles of equal size, so that a rest does not cost a tile of its
-// own; the tiles of one panel of weights are neighbours, which read it from L2 but once from memory.
+// own; the tiles of one panel of weights are neighbours, which read it from L2 but once from memory. A cluster takes
+// as many tiles at once as it has blocks: they share the weights.
 #pragma once
 
+#include "kestrel/hopper/cluster.cuh"
 #include "kestrel/hopper/mbarrier.cuh"
 #include "kestrel/hopper/warp.cuh"
 
@@ -20,6 +22,17 @@ struct TileWork {
   int32_t expert, panel_block, first, rows;
 };
 
+// This block's place: the cluster that it belongs to, of 2 to the `bits` blocks, and its own in that. Nothing is kept
+// in a register for it.
+struct Place {
+  uint32_t bits;
+
+  __device__ __forceinline__ uint32_t size() const { return 1u << bits; }
+  __device__ __forceinline__ uint32_t rank() const { return blockIdx.x & (size() - 1); }
+  __device__ __forceinline__ uint32_t cluster() const { return blockIdx.x >> bits; }
+  __device__ __forceinline__ uint32_t clusters() const { return gridDim.x >> bits; }
+};
+
 // In shared memory. A list with more runs than kRuns (none that alignment made of as many experts) is worked on in
 // windows.
 template <int kRuns, int kTokens>
@@ -28,21 +41,26 @@ struct Runs {
   int32_t next_block;                                                   // where the window ends; < 0: nothing follows
   int32_t warp_count[4];
 
-  // For a block's tiles in order: `run` is kept between calls.
-  __device__ __forceinline__ bool get(uint32_t tile, int* run, TileWork* work) const {
+  // For a cluster's tiles in order, that of its block `rank`, which may have no rows: `run` is kept between calls.
+  __device__ __forceinline__ bool get(uint32_t tile, const Place& place, int* run, TileWork* work) const {
     if (tile >= static_cast<uint32_t>(before[kRuns])) return false;
     while (static_cast<uint32_t>(before[*run + 1]) <= tile) ++*run;
-    const int32_t start = before[*run], all = rows[*run];
-    const uint32_t token_tiles = (all + kTokens - 1) / kTokens;
-    const uint32_t tile_rows = ((all + token_tiles - 1) / token_tiles + kTokenStep - 1) / kTokenStep * kTokenStep;
-    const uint32_t local = tile - start, skipped = local % token_tiles * tile_rows;
-    *work = {expert[*run], static_cast<int32_t>(local / token_tiles), static_cast<int32_t>(first[*run] + skipped),
+    const uint32_t all = rows[*run], at_once = together(all, place.bits), tiles = at_once << place.bits;
+    const uint32_t tile_rows = ((all + tiles - 1) / tiles + kTokenStep - 1) / kTokenStep * kTokenStep;
+    const uint32_t local = tile - before[*run];
+    const uint32_t skipped = min(all, ((local % at_once << place.bits) + place.rank()) * tile_rows);
+    *work = {expert[*run], static_cast<int32_t>(local / at_once), static_cast<int32_t>(first[*run] + skipped),
              static_cast<int32_t>(min(tile_rows, all - skipped))};
     return true;
   }
+  // How many times a cluster takes tiles to have all of `rows`.
+  static __device__ __forceinline__ uint32_t together(uint32_t rows, uint32_t cluster_bits) {
+    return (((rows + kTokens - 1) / kTokens - 1) >> cluster_bits) + 1;
+  }
 
   // By 128 threads, from `first_block` of the list on.
-  __device__ __forceinline__ void build(const List& list, int32_t first_block, int32_t panel_blocks) {
+  __device__ __forceinline__ void build(const List& list, int32_t first_block, int32_t panel_blocks,
+                                        uint32_t cluster_bits) {
     constexpr int kThreads = 128, kEach = 2;
     const int thread = threadIdx.x % kThreads, warp = thread / kWarp, lane = thread % kWarp;
     const int32_t used = min(*list.num_tokens_post_pad, list.positions);
@@ -136,7 +154,8 @@ struct Runs {
     int tiles[kOwn], sum = 0;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      tiles[i] = (rows[thread * kOwn + i] + kTokens - 1) / kTokens * panel_blocks;
+      const int32_t run_rows = rows[thread * kOwn + i];
+      tiles[i] = run_rows > 0 ? together(run_rows, cluster_bits) * panel_blocks : 0;
       sum += tiles[i];
     }
     int total = sum;
