@@ -264,7 +264,9 @@ def test_strides(backend: Backend, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_functional_form(backend: Backend, dtype: str) -> None:
-    layer = Layer(backend, dtype, draw_ids(40, 2, 4), 4, 136, 24)
+    name = {"bfloat16": "bf16", "float16": "fp16", FP8: "fp8"}[dtype]
+    sizes: dict[str, Any] = {"num_experts": 4, "hidden_size": 136, "intermediate_size": 24, "dtype": name}
+    layer = Layer(backend, dtype, draw_ids(40, 2, 4), 4, 136, 24, cute_moe.get_cute_moe_block_m(40, **sizes))
     assert np.array_equal(layer.run(out=None, config=None), layer.run())
     out = backend.poisoned((40, 136), layer.out_dtype)
     assert layer.call(out=out) is out

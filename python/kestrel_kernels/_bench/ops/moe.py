@@ -262,6 +262,11 @@ class FusedMoe(MoeProduct):
     def __init__(self, case: str) -> None:
         super().__init__(case)
         self.function = "cute_moe.fused_moe"
+        if self.dtype == "fp8":
+            # Tensor cores sum e4m3 products to 13 bits. A gated value that is off by 2^-13 lies, one time in 2^9.5, on
+            # the other side between two values of e4m3, which are 2^-3.5 apart in the mean, and is then off by as
+            # much: sqrt(2^-13 2^-3.5) = 3.3e-3 of the whole, 3.7e-3 with the rounding to bf16.
+            self.tolerance = 6e-3
         self.arguments = f"x w_up w_down topk_weights topk_ids out= {self.options}"
 
     def inputs(self, make: Maker) -> Set:
