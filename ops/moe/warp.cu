@@ -16,7 +16,9 @@ constexpr uint32_t kSharedOfSm = 228 * 1024;  // of which each block takes 1 KB 
 constexpr uint32_t kRingOfTwo = 64 * 1024;    // two blocks on an SM
 constexpr uint32_t kRingOfOne = 144 * 1024;
 constexpr uint32_t kRingOfSum = 96 * 1024;
+constexpr uint32_t kRingOfTeams = 64 * 1024;  // one group: beside it there is room for a block of the sums
 constexpr uint32_t kMostStages = 16;
+constexpr bool kTeamsOfOneGroup = true;
 // More blocks must not fit on an SM than it shall have: they would gather on some while others have none (the layer in
 // fp8 at 16 tokens: 112 us instead of 92).
 constexpr uint32_t kMoreThanThird = 77 * 1024, kMoreThanHalf = 115 * 1024;
@@ -88,7 +90,12 @@ std::optional<MoeWarpPlan> fit(const MoeArgs& a) {
   const int64_t tiles = ceil_div(a.width, a.panels == 2 ? 8 : kTileRows);
   const bool deep = slabs > static_cast<uint32_t>(kMoeWarps * moe_steps(fp8));
   if (deep && !lists_fit(a, 16)) return {};
+  plan.steps = ceil_div(slabs, kMoeWarps);
+  plan.warps = ceil_div(slabs, plan.steps);
+  plan.stage_bytes = plan.warps * kSlabBytes;
   plan.kernel = deep ? 2 : wants_two(a) && tiles >= 2 ? 1 : 0;
+  if (plan.kernel == 0 && fp8 && kTeamsOfOneGroup && tiles >= 2 && 2 * plan.steps * plan.stage_bytes <= kRingOfTeams)
+    plan.kernel = 3;
   const MoeWarpKernel& kernel = kMoeWarpKernels[plan.kernel];
   const uint32_t count = kernel.groups * 8;
   const ListSizes lists = list_sizes(a, count);
@@ -98,18 +105,16 @@ std::optional<MoeWarpPlan> fit(const MoeArgs& a) {
   plan.swapped = a.panels == 2 && a.panel[1].data < a.panel[0].data;
   plan.tokens = static_cast<uint32_t>(a.tokens);
   plan.slots = static_cast<uint32_t>(a.slots);
-  plan.steps = ceil_div(slabs, kMoeWarps);
-  plan.warps = ceil_div(slabs, plan.steps);
   if (!fits_32_bits(tiles * plan.candidates)) return {};
   plan.tiles = static_cast<uint32_t>(tiles);
   plan.blocks = static_cast<uint32_t>(kernel.blocks * sm_count());
 
-  plan.stage_bytes = plan.warps * kSlabBytes;
   const int64_t partial_bytes = kernel.teams * 2 * plan.warps * count * kPartialPitch * sizeof(float);
   const int64_t columns_bytes = kernel.teams * 2 * count * sizeof(float);
   const int64_t fixed = 1024 + partial_bytes + columns_bytes + lists.items_bytes + lists.listed_bytes;
   const int64_t each = plan.stage_bytes + 16 + (fp8 ? kScaleBytes : 0);
-  const int64_t limit = kSharedOfSm / kernel.blocks - 1024, ring = kernel.blocks == 1 ? kRingOfOne : kRingOfTwo;
+  const int64_t limit = kSharedOfSm / kernel.blocks - 1024;
+  const int64_t ring = kernel.blocks == 2 ? kRingOfTwo : plan.kernel == 3 ? kRingOfTeams : kRingOfOne;
   // With two teams a whole number of tiles of both: else the phases of a stage could be taken for one another.
   const int64_t multiple = kernel.teams == 1 ? 1 : kernel.teams * plan.steps;
   const int64_t stages =
@@ -123,8 +128,10 @@ std::optional<MoeWarpPlan> fit(const MoeArgs& a) {
   plan.columns_at = static_cast<uint32_t>(plan.partial_at + partial_bytes);
   plan.listed_at = static_cast<uint32_t>(plan.columns_at + columns_bytes);
   plan.items_at = static_cast<uint32_t>(plan.listed_at + lists.listed_bytes);
-  plan.shared_bytes = std::max(static_cast<uint32_t>(plan.items_at + lists.items_bytes + 1024),
-                               kernel.blocks == 2 ? kMoreThanThird : kMoreThanHalf);
+  plan.shared_bytes =
+      std::max(static_cast<uint32_t>(plan.items_at + lists.items_bytes + 1024), kernel.blocks == 2 ? kMoreThanThird
+                                                                                : plan.kernel == 3 ? 0
+                                                                                                   : kMoreThanHalf);
   return plan;
 }
 

@@ -164,11 +164,12 @@ __global__ void __launch_bounds__(moe_threads(kMoeWarpKernels[kKernel]), kMoeWar
   const MoeRouting& routing = args.routing;
   Ring ring{base, base + plan.barriers_at, plan.stages, plan.stage_bytes};
   const MoeLists lists = lists_of<kGroups>(args, memory);
-  constexpr uint32_t kTeamThreads = kMoeWarps * kWarp;
-  const uint32_t team = kTeams == 1 ? 0 : threadIdx.x / kTeamThreads, warp = threadIdx.x / kWarp - team * kMoeWarps;
-  const uint32_t lane = threadIdx.x % kWarp, threads = plan.warps * kWarp;
-  const uint32_t member = threadIdx.x - team * kTeamThreads;
-  const bool producer = kTeams == 1 ? warp == plan.warps : team == kTeams && warp == 0;
+  constexpr bool kShares = moe_shares_registers(kMoeWarpKernels[kKernel]);
+  const uint32_t lane = threadIdx.x % kWarp, threads = plan.warps * kWarp;  // of a team
+  const uint32_t team_size = kShares ? kMoeWarps * kWarp : threads;
+  const uint32_t team = (threadIdx.x >= team_size) + (kTeams == 2 && threadIdx.x >= 2 * team_size);
+  const uint32_t member = threadIdx.x - team * team_size, warp = member / kWarp;
+  const bool producer = team == kTeams && warp == 0;
   if (producer) {
     if (lane == 0) prefetch_map(&args.map);
     ring.init(plan.warps);
@@ -186,19 +187,18 @@ __global__ void __launch_bounds__(moe_threads(kMoeWarpKernels[kKernel]), kMoeWar
     lists.items->end = lists.items->first + each + (blockIdx.x < rest ? 1 : 0);
   }
   __syncthreads();
-  if constexpr (kTeams == 2) {
+  if constexpr (kShares) {
     if (team == kTeams) {
       leave_registers<32>();
       if (producer) stream_experts<W, kLayout>(args, ring, base, lists);
       return;
     }
     take_registers<112>();
-    finish_lists<kGroups>(routing, lists, kTeams * kTeamThreads);
-    if (warp >= plan.warps) return;
   } else {
     if (producer) return stream_experts<W, kLayout>(args, ring, base, lists);
-    finish_lists<kGroups>(routing, lists, threads);
   }
+  finish_lists<kGroups>(routing, lists, kTeams * team_size);
+  if (warp >= plan.warps) return;
   if (routing.settled) {
     wait_for_predecessor();
     release_successor();
@@ -398,13 +398,12 @@ MoeWarpArgs<Out> warp_args(const MoeArgs& a, const MoeWarpPlan& plan, Out* out, 
 template <class W, class Out, MoeLayout kLayout>
 void launch_tile(Stream stream, const MoeArgs& a, const MoeWarpPlan& plan, Out* out, int64_t out_stride) {
   const MoeWarpArgs<Out> args = warp_args<W>(a, plan, out, out_stride);
-  const MoeWarpKernel& kernel = kMoeWarpKernels[plan.kernel];
-  const uint32_t threads = kernel.teams == 1 ? (plan.warps + 1) * kWarp : moe_threads(kernel);
-  const LaunchShape shape{plan.blocks, static_cast<int>(threads), 1, plan.shared_bytes};
+  const int threads = moe_threads(kMoeWarpKernels[plan.kernel], plan.warps);
+  const LaunchShape shape{plan.blocks, threads, 1, plan.shared_bytes};
   [&]<int... kKernel>(std::integer_sequence<int, kKernel...>) {
     ((plan.kernel == kKernel ? launch<moe_warp_kernel<W, Out, kLayout, kKernel>>(stream, shape, args) : void()), ...);
   }
-  (std::make_integer_sequence<int, kMoeWarpKernelCount>());
+  (std::make_integer_sequence<int, moe_warp_kernels(sizeof(W) == 1)>());
 }
 
 template <class W>

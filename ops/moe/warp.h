@@ -23,14 +23,18 @@ struct MoeWarpKernel {
   bool streamed;
   int teams, blocks;
 };
-inline constexpr MoeWarpKernel kMoeWarpKernels[] = {{1, false, 1, 2}, {2, false, 2, 1}, {2, true, 1, 1}};
-inline constexpr int kMoeWarpKernelCount = sizeof(kMoeWarpKernels) / sizeof(MoeWarpKernel);
+inline constexpr MoeWarpKernel kMoeWarpKernels[] = {
+    {1, false, 1, 2}, {2, false, 2, 1}, {2, true, 1, 1}, {1, false, 2, 1}};
+constexpr int moe_warp_kernels(bool fp8) { return fp8 ? 4 : 3; }
 // The same for all of them: the order of a sum depends on the depth alone.
 inline constexpr int kMoeWarps = 8;  // of a team, at most, beside the producer
 
-// Where there are two teams their eight warps each are always there, and the producer has a warpgroup to itself, whose
-// registers it leaves to them.
-constexpr int moe_threads(MoeWarpKernel kernel) { return kernel.teams == 2 ? 20 * 32 : (kMoeWarps + 1) * 32; }
+// With two groups and two teams their eight warps each are always there, and the producer has a warpgroup to itself,
+// whose registers it leaves to them.
+constexpr bool moe_shares_registers(MoeWarpKernel kernel) { return kernel.groups == 2 && kernel.teams == 2; }
+constexpr int moe_threads(MoeWarpKernel kernel, int warps = kMoeWarps) {
+  return moe_shares_registers(kernel) ? 20 * 32 : (kernel.teams * warps + 1) * 32;
+}
 
 // Granules of activations in registers: of 2048 columns.
 constexpr int moe_steps(bool fp8) { return fp8 ? 2 : 4; }
