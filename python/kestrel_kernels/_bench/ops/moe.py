@@ -271,7 +271,7 @@ class FusedMoe(MoeProduct):
 
     def inputs(self, make: Maker) -> Set:
         routing = self._routing(make)
-        return {
+        s = {
             "x": make.normal(self.tokens, self.hidden),
             "w_up_scale": None,
             "w_down_scale": None,
@@ -281,6 +281,11 @@ class FusedMoe(MoeProduct):
             "out": make.empty(self.tokens, self.hidden),
             "activation": "gelu_residual",
         }
+        return self.with_lists(s)
+
+    def peers(self) -> Mapping[str, Peer]:
+        """Without the alignment."""
+        return {name: peer for name, peer in gpu_peers("layer", self.eager).items() if name == "triton"}
 
     @property
     def bytes(self) -> int:
