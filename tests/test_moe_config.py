@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,20 @@ def test_config_files(config_folder: Path) -> None:
         unknown = dataclasses.replace(low, block_m=12)
         write("bad.json", {8: (unknown, unknown)})
     assert get_cute_moe_block_m(99999, **shape) == high.block_m  # as before
+
+
+def test_embedded_are_those_of_the_folder() -> None:
+    """What C++ goes by before Python tells it anything."""
+    shapes = [json.loads(path.read_text()) for path in _moe_config._folder.glob("*.json")]
+    keys = [[f["num_experts"], f["hidden_size"], f["intermediate_size"], f["dtype"]] for f in shapes]
+    program = f"""if True:
+        from kestrel_kernels import _library, _moe_config
+        keys = {[*keys, [5, 7, 9, "bf16"]]}
+        embedded = [list(_library.load().moe_ranges(*key)) for key in keys]
+        assert embedded == [list(_moe_config._ranges_of(*key)) for key in keys], "build again"
+        """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_fp16_goes_by_the_file_of_bf16(config_folder: Path) -> None:

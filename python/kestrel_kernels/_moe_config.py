@@ -70,6 +70,7 @@ def check_name(what: str, name: str, known: Sequence[str]) -> None:
 
 
 _tiles: dict[CuteMoeConfig, int] = {}
+_numbers: dict[tuple[tuple[int, ...], str, str], int] = {}
 _fields: dict[tuple[int, str], tuple[Any, ...]] = {}
 _ranges: dict[tuple[int, int, int, str], tuple[int, ...]] = {}
 _folder = Path(__file__).parent / "configs"
@@ -106,6 +107,9 @@ def tile_of(sizes: tuple[int, ...], dtype: str, kernel_type: str) -> int:
     Raises:
         ValueError: it is not compiled.
     """
+    key = (sizes, dtype, kernel_type)
+    if (tile := _numbers.get(key)) is not None:
+        return tile
     config = CuteMoeConfig(*sizes, dtype, kernel_type)  # type: ignore[call-arg, arg-type]
     tile = tiles().get(config)
     if tile is None and os.environ.get("KESTREL_CUTE_MOE_JIT") == "1":
@@ -118,6 +122,7 @@ def tile_of(sizes: tuple[int, ...], dtype: str, kernel_type: str) -> int:
     if tile is None:
         like = "; ".join(map(str, nearest(config)))
         raise ValueError(f"CuteMoeConfig: must be a compiled tile, the nearest are {like}; got {config}")
+    _numbers[key] = tile
     return tile
 
 
@@ -229,8 +234,8 @@ def block_and_tile(config: Any, tokens: int, experts: int, hidden: int, inner: i
         return config, -1
     if config.dtype != dtype:
         raise ValueError(f"CuteMoeConfig: dtype must be {dtype}, as the operands, got {config.dtype}")
-    sizes = tuple(index(getattr(config, name)) for name in SIZES)
-    return config.block_m, tile_of(sizes, dtype, config.kernel_type)
+    sizes = (config.block_m, config.block_n, config.block_k, config.num_warps, config.num_stages)
+    return config.block_m, tile_of(tuple(map(index, sizes)), dtype, config.kernel_type)
 
 
 def dtype_of(array: Any) -> str:

@@ -1,9 +1,10 @@
 """`kestrel-kernels tune moe`: the fastest tile of the products of experts for each number of tokens.
 
 Every tile that is compiled for the dtype is checked against float64 and then measured as the bench does it: many calls
-in one CUDA graph, on arguments that no cache holds, with the gate in the epilogue of up. The results file says what
-was measured; what it holds is not measured again. With KESTREL_CUTE_MOE_JIT=1, a source checkout and an nvcc further
-tiles are compiled and measured too; a config file names them once they stand in ops/moe/tiles.json.
+in one CUDA graph, on arguments that no cache holds. It makes each product alone, up with its gate, and both of a whole
+layer (`fused_moe`), which decides between block sizes. The results file says what was measured; what it holds is not
+measured again. With KESTREL_CUTE_MOE_JIT=1, a source checkout and an nvcc further tiles are compiled and measured too;
+a config file names them once they stand in ops/moe/tiles.json.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 QUICK_TOKENS = (1, 4, 16, 64, 740, 2048)
+ENTRIES = {"up": "moe_up", "down": "moe_down", "layer": "fused_moe"}
 WRONG = "wrong result"
-HOPELESS = 3  # times the best so far, in a single call: not worth a graph
+# Not worth a graph: a single call that takes as many times the best so far, and as many microseconds for its launch.
+HOPELESS, LAUNCH = 3, 100
 _EPILOG = """\
 examples:
   kestrel-kernels tune moe --num-tokens 8 16 32 --quick --output results.json
@@ -58,7 +62,7 @@ class Key:
 
     layer: Layer
     tokens: int
-    kind: str  # "up" or "down"
+    kind: str  # "up", "down", or "layer": both products in this tile
     config: CuteMoeConfig
 
 
@@ -140,7 +144,7 @@ class Tuner:
                     return Result(0.0, _rounded(error), False, WRONG)
                 calls = [entry.bound(s) for s in tiled]
                 once = self.clock.once(calls[0])
-                if once > HOPELESS * best:
+                if once > HOPELESS * best + LAUNCH:
                     return Result(_rounded(once), _rounded(error), True, "a single call")
                 return Result(_rounded(self.clock.cold(calls)), _rounded(error), True)
         except (RuntimeError, ValueError) as problem:
@@ -157,7 +161,7 @@ class Tuner:
         what = (key.layer, key.tokens, key.kind)
         if not self._prepared or self._prepared[0] != what:
             self._prepared = ()  # memory for the next
-            entry: Any = entries()[f"moe_{key.kind}"](key.layer.case(key.tokens))
+            entry: Any = entries()[ENTRIES[key.kind]](key.layer.case(key.tokens))
             make = Maker(self.clock.device)
             first = entry.inputs(make)
             count = self.clock.sets_for(nbytes(first), entry.bytes)
@@ -178,11 +182,16 @@ class Winner:
     down: CuteMoeConfig
     up_us: float
     down_us: float
+    layer_us: float  # in one of the two tiles
+
+    @property
+    def total_us(self) -> float:
+        return self.layer_us if self.layer_us < math.inf else self.up_us + self.down_us
 
 
 def winners(rows: dict[Key, Result], layer: Layer, tiles: Collection[CuteMoeConfig] | None = None) -> list[Winner]:
-    """For each token count the block size whose best tiles (of those named) of both products take the least together.
-    Counts for which one of the two has no right result have none."""
+    """For each token count the best tile of either product (of those named), of the block size in which the layer takes
+    the least; where no layer was measured, both products. Counts for which a product has no right result have none."""
     best: dict[tuple[int, int, str], tuple[float, CuteMoeConfig]] = {}
     for key, result in rows.items():
         if key.layer == layer and result.right and (tiles is None or key.config in tiles):
@@ -190,13 +199,12 @@ def winners(rows: dict[Key, Result], layer: Layer, tiles: Collection[CuteMoeConf
             if place not in best or result.us < best[place][0]:
                 best[place] = (result.us, key.config)
     found: dict[int, Winner] = {}
-    for tokens, block_m, kind in sorted(best):
-        if kind == "up" or (tokens, block_m, "up") not in best:
-            continue
-        (up_us, up), (down_us, down) = best[tokens, block_m, "up"], best[tokens, block_m, "down"]
-        old = found.get(tokens)
-        if old is None or up_us + down_us < old.up_us + old.down_us:
-            found[tokens] = Winner(tokens, up, down, up_us, down_us)
+    for tokens, block_m in sorted({place[:2] for place in best}):
+        up, down, both = (best.get((tokens, block_m, kind)) for kind in ENTRIES)
+        if up and down:
+            new = Winner(tokens, up[1], down[1], up[0], down[0], both[0] if both else math.inf)
+            if tokens not in found or new.total_us < found[tokens].total_us:
+                found[tokens] = new
     return list(found.values())
 
 
@@ -227,7 +235,7 @@ def keys(layers: Sequence[Layer], tokens: Sequence[int], further: Sequence[CuteM
         candidates = [tile for tile in (*tiles(), *further) if tile.dtype == layer.dtype]
         for count in tokens:
             chosen = _moe_config.choose(count, layer.experts, layer.hidden, layer.inner, layer.dtype)
-            for kind, tile in zip(KINDS, chosen, strict=True):
+            for kind, tile in zip(ENTRIES, (*chosen, chosen[0]), strict=True):
                 first = next(c for c in candidates if tiles().get(c) == tile)
                 others = [c for c in candidates if c != first]
                 yield from (Key(layer, count, kind, config) for config in (first, *others))
@@ -255,10 +263,11 @@ def print_winners(console: Console, layer: Layer, gpu: str, won: Sequence[Winner
 
     title = f"{gpu}, E{layer.experts} H{layer.hidden} I{layer.inner} k{layer.topk} {layer.dtype}, microseconds"
     table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False)
-    for name in ("tokens", "up", "", "down", ""):
+    for name in ("tokens", "up", "", "down", "", "layer"):
         table.add_column(name, justify="left" if name in KINDS else "right", no_wrap=True)
     for w in won:
-        table.add_row(str(w.tokens), str(w.up), f"{w.up_us:.4g}", str(w.down), f"{w.down_us:.4g}")
+        whole = "" if w.layer_us == math.inf else f"{w.layer_us:.4g}"
+        table.add_row(str(w.tokens), str(w.up), f"{w.up_us:.4g}", str(w.down), f"{w.down_us:.4g}", whole)
     console.print(table)
 
 

@@ -32,7 +32,7 @@ def _configs() -> list[triton.Config]:
 @triton.jit
 def _product(
     out, x, x_scale, w1, w1_scale, w2, w2_scale, topk_weights, sorted_ids, expert_ids, used,
-    width, depth, blocks, assignments, slots_per_row,
+    width, expert_rows, depth, blocks, assignments, slots_per_row,
     GATED: tl.constexpr, WEIGHTED: tl.constexpr, FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def _product(
     inside = columns < width
     steps = tl.arange(0, BLOCK_K)
     a = x + rows[:, None] * depth + steps[None, :]
-    offset = (expert * width + columns[None, :]) * depth + steps[:, None]
+    offset = (expert * expert_rows + columns[None, :]) * depth + steps[:, None]
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     gates = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, depth, BLOCK_K):
@@ -59,9 +59,9 @@ def _product(
             gates = tl.dot(values, tl.load(w2 + offset + k, mask=mask, other=0.0), gates)
     if FP8:
         scale = tl.load(x_scale + rows)[:, None]
-        sums *= scale * tl.load(w1_scale + expert * width + columns, mask=inside, other=0.0)[None, :]
+        sums *= scale * tl.load(w1_scale + expert * expert_rows + columns, mask=inside, other=0.0)[None, :]
         if GATED:
-            gates *= scale * tl.load(w2_scale + expert * width + columns, mask=inside, other=0.0)[None, :]
+            gates *= scale * tl.load(w2_scale + expert * expert_rows + columns, mask=inside, other=0.0)[None, :]
     if GATED:
         sums = 0.5 * sums * (1 + tl.erf(sums * 0.70710678)) * (gates + 1)
     if WEIGHTED:
@@ -70,29 +70,75 @@ def _product(
     tl.store(to, sums.to(out.dtype.element_ty), mask=valid[:, None] & inside[None, :])
 
 
-def _run(s: dict[str, Any], x: str, w1: str, w2: str | None, slots_per_row: int, weighted: bool) -> torch.Tensor:
-    out, lists = s["out"], s["triton"]
-    fp8 = s[w1].dtype == torch.float8_e4m3fn
-    scales = [s[f"{name}_scale"] if fp8 else None for name in (x, w1, w2 or w1)]
+@triton.jit
+def _quantize(x, bits, scale, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    values = tl.load(x + row * width + columns, mask=columns < width, other=0.0).to(tl.float32)
+    s = tl.maximum(tl.max(tl.abs(values)) / 448, 1e-6)
+    tl.store(scale + row, s)
+    tl.store(bits + row * width + columns, (values / s).to(bits.dtype.element_ty), mask=columns < width)
+
+
+_Scaled = tuple[torch.Tensor, torch.Tensor | None]  # e4m3 and its scales, or bf16
+
+
+def quantized(x: torch.Tensor) -> _Scaled:
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    bits = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    _quantize[(rows,)](x, bits, scale, width, BLOCK=triton.next_power_of_2(width), num_warps=4)
+    return bits, scale
+
+
+def product(
+    out: torch.Tensor, x: _Scaled, w1: _Scaled, w2: _Scaled | None, width: int, slots_per_row: int,
+    topk_weights: torch.Tensor | None, lists: dict[str, Any],
+) -> torch.Tensor:  # fmt: skip
+    """out [T, K, width]; of w1 and w2 the first `width` rows of each expert."""
     blocks = len(lists["expert_ids"])
-    width, depth = s[w1].shape[1:]
+    w, second = w1[0], w2 or w1
+    expert_rows = w.stride(0) // w.shape[2]
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
         return blocks, triton.cdiv(width, meta["BLOCK_N"])
 
     _product[grid](
-        out, s[x], scales[0], s[w1], scales[1], s[w2 or w1], scales[2], s["topk_weights"],
+        out, x[0], x[1], w, w1[1], second[0], second[1], topk_weights,
         lists["sorted_token_ids"], lists["expert_ids"], lists["num_tokens_post_pad"],
-        width, depth, blocks, s["topk_ids"].numel(), slots_per_row,
-        GATED=w2 is not None, WEIGHTED=weighted, FP8=fp8, BLOCK_M=lists["block_m"],
+        width, expert_rows, w.shape[2], blocks, out.numel() // width, slots_per_row,
+        GATED=w2 is not None, WEIGHTED=topk_weights is not None, FP8=x[1] is not None, BLOCK_M=lists["block_m"],
     )  # fmt: skip
     return out
 
 
+def _operand(s: dict[str, Any], name: str) -> _Scaled:
+    return s[name], s.get(f"{name}_scale")
+
+
 def up(s: dict[str, Any]) -> torch.Tensor:
     """gelu_residual of both panels."""
-    return _run(s, "hidden_states", "w1", "w2", s["topk_ids"].shape[1], False)
+    w1, w2 = _operand(s, "w1"), _operand(s, "w2")
+    slots = s["topk_ids"].shape[1]
+    return product(s["out"], _operand(s, "hidden_states"), w1, w2, w1[0].shape[1], slots, None, s["triton"])
 
 
 def down(s: dict[str, Any]) -> torch.Tensor:
-    return _run(s, "moe_out", "w3", None, 1, True)
+    w3 = _operand(s, "w3")
+    return product(s["out"], _operand(s, "moe_out"), w3, None, w3[0].shape[1], 1, s["topk_weights"], s["triton"])
+
+
+def layer(s: dict[str, Any]) -> torch.Tensor:
+    """Both products with what is between them, and the sum; the lists are there already."""
+    (w_up, up_scale), w_down = _operand(s, "w_up"), _operand(s, "w_down")
+    (tokens, hidden), slots, inner = s["x"].shape, s["topk_ids"].shape[1], w_up.shape[1] // 2
+    fp8 = up_scale is not None
+    x = quantized(s["x"]) if fp8 else (s["x"], None)
+    halves: list[_Scaled] = [
+        (w_up[:, at : at + inner], None if up_scale is None else up_scale[:, at : at + inner]) for at in (0, inner)
+    ]
+    mid = s["x"].new_empty(tokens, slots, inner)
+    product(mid, x, halves[0], halves[1], inner, slots, None, s["triton"])
+    parts = s["x"].new_empty(tokens, slots, hidden)
+    product(parts, quantized(mid) if fp8 else (mid, None), w_down, None, hidden, 1, s["topk_weights"], s["triton"])
+    return torch.sum(parts, 1, out=s["out"])

@@ -253,7 +253,7 @@ class FusedMoe(MoeProduct):
     """A whole layer, align to sum."""
 
     op = "fused_moe"
-    options = "activation= w_up_scale= w_down_scale="
+    options = "activation= w_up_scale= w_down_scale= config="
     small = (
         "1 bf16 E1 H1 I1 k1", "3 fp8 E5 H7 I9 k2", "17 bf16 E4 H40 I24 k3", "33 fp8 E8 H64 I32 k8",
         "1100 fp8 E8 H16 I16 k8",
@@ -271,16 +271,21 @@ class FusedMoe(MoeProduct):
 
     def inputs(self, make: Maker) -> Set:
         routing = self._routing(make)
-        return {
+        s = {
             "x": make.normal(self.tokens, self.hidden),
             "w_up_scale": None,
             "w_down_scale": None,
             **self._operand(make, "w_up", self.experts, 2 * self.inner, self.hidden, scale=self.hidden**-0.5),
             **self._operand(make, "w_down", self.experts, self.hidden, self.inner, scale=self.inner**-0.5),
-            **{name: routing[name] for name in ("topk_weights", "topk_ids")},
+            **{name: routing[name] for name in ("topk_weights", "topk_ids", "config")},
             "out": make.empty(self.tokens, self.hidden),
             "activation": "gelu_residual",
         }
+        return self.with_lists(s)
+
+    def peers(self) -> Mapping[str, Peer]:
+        """Without the alignment."""
+        return {name: peer for name, peer in gpu_peers("layer", self.eager).items() if name == "triton"}
 
     @property
     def bytes(self) -> int:
