@@ -343,10 +343,12 @@ __device__ __forceinline__ void finish(const WgmmaArgs<T, Out>& args, const floa
   for (int base = 0; base < rows; base += 32) {
     float values[2][16];  // of rows 8 (i / 4) + 2 q + i % 2, columns g + 8 (i / 2 % 2)
     const auto take = [&]<int kFrom>() {
+      if constexpr (kFrom < kMost) {
 #pragma unroll
-      for (int t = 0; t < 2; ++t)
+        for (int t = 0; t < 2; ++t)
 #pragma unroll
-        for (int i = 0; i < 16; ++i) values[t][i] = sums[t][kFrom + i];
+          for (int i = 0; i < 16; ++i) values[t][i] = sums[t][kFrom + i];
+      }
     };
     if constexpr (kMost == 16) {
       take.template operator()<0>();
