@@ -24,6 +24,7 @@ namespace cuda {
 void moe_align(Stream stream, const MoeAlignArgs& args);
 void fp8_quant(Stream stream, const Fp8QuantArgs& args);
 void moe(Stream stream, const MoeArgs& args);
+bool moe_warp_takes(const MoeArgs& args);
 void requantize(Stream stream, const RequantizeArgs& args);
 }  // namespace cuda
 
@@ -99,6 +100,10 @@ struct Steps {
     if (on_cpu) return cpu::requantize(args);
     if constexpr (kHasCuda) cuda::requantize(stream, args);
   }
+  bool takes_few(const MoeArgs& args) const {
+    if constexpr (kHasCuda) return !on_cpu && cuda::moe_warp_takes(args);
+    return false;
+  }
 };
 
 struct Layer {
@@ -136,7 +141,6 @@ void run(const Steps& step, const Layer& layer, char* memory) {
   align.experts = s.experts;
   align.block_size = s.block_m;
   align.loras = 1;
-  step(align);
 
   // What both products share.
   MoeArgs args;
@@ -176,6 +180,16 @@ void run(const Steps& step, const Layer& layer, char* memory) {
   down.depth = s.inner;
   down.tile = layer.down_tile;
 
+  const auto mid_scale = reinterpret_cast<float*>(memory + l.mid_scale);
+  if (s.fp8) {
+    up.out = Tensor(memory + l.work, DType::kF32, {assignments, s.inner}, device);
+    up.out_rows = {assignments, assignments, l.gated_stride, 0};
+    down.x_scale = mid_scale;
+  } else {
+    up.out = Tensor(memory + l.mid, layer.dtype, {assignments, s.inner}, device);
+    up.out_rows = down.x_rows;
+  }
+
   if (s.fp8) {
     const auto scale = reinterpret_cast<float*>(memory + l.x_scale);
     Tensor bits(memory + l.x, DType::kE4M3, {s.tokens, s.hidden}, device);
@@ -185,18 +199,29 @@ void run(const Steps& step, const Layer& layer, char* memory) {
     up.x = bits.data;
     up.x_rows = {s.tokens, s.tokens, l.x_stride, 0};
     up.x_scale = scale;
-    up.out = Tensor(memory + l.work, DType::kF32, {assignments, s.inner}, device);
-    up.out_rows = {assignments, assignments, l.gated_stride, 0};
-    step(up);
-    const auto mid_scale = reinterpret_cast<float*>(memory + l.mid_scale);
+  }
+
+  // At few tokens the products list the experts themselves, from the routing. The kernels before them trigger after
+  // their wait, or follow one that did: the routing is complete when they start, and is read before their own wait.
+  MoeArgs few_up = up, few_down = down;
+  for (MoeArgs* few : {&few_up, &few_down}) {
+    few->ids = align.ids;
+    few->ids_stride = align.ids_stride;
+    few->expert_map = align.expert_map;
+    few->routed = s.experts;
+    few->settled = true;
+  }
+  few_up.settled = s.fp8;
+  if (step.takes_few(few_up) && step.takes_few(few_down)) {
+    up = few_up;
+    down = few_down;
+  } else {
+    step(align);
+  }
+  step(up);
+  if (s.fp8)
     step(RequantizeArgs{reinterpret_cast<e4m3*>(memory + l.mid), mid_scale, up.out.ptr<float>(), l.mid_stride,
                         l.gated_stride, assignments, s.inner});
-    down.x_scale = mid_scale;
-  } else {
-    up.out = Tensor(memory + l.mid, layer.dtype, {assignments, s.inner}, device);
-    up.out_rows = down.x_rows;
-    step(up);
-  }
   step(down);
 }
 

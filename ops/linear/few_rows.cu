@@ -119,12 +119,14 @@ std::optional<FewRowsPlan> plan_of(const LinearArgs& a) {
       if (auto plan = lay_out(a, {kFourSteps, 5, copy, 2 * sms, kRingOfTwo, kHalfShared})) return plan;
     if (slabs <= 9 && tiles > sms)  // 1 x 49152 x 576: 13.4 us, with two blocks on an SM 13.9
       if (auto plan = lay_out(a, {kLightKernel, 9, copy, 3 * sms, kRingOfThree, kThirdShared})) return plan;
+    if (slabs > 36 && slabs <= 128 && tiles <= sms)  // 2048 x 8192: 8.50 us, x in shared memory 8.75
+      if (auto plan = lay_out(a, {kDeepKernel, 16, copy, sms, kMostShared, kMostShared})) return plan;
     if (by_rows && slabs == 32)
       if (auto plan = lay_out(a, {kLightKernel, 16, copy, sms, kRingOfOne, kMostShared})) return plan;
   }
   for (int i = 0; i < kFewRowsKernelCount; ++i) {  // the first that fits
     const FewRowsKernel& kernel = kFewRowsKernels[i];
-    if (i == kLightKernel || rows > 8 * kernel.groups ||
+    if (i == kLightKernel || i == kDeepKernel || rows > 8 * kernel.groups ||
         (kernel.input == InputPlace::kRegisters && slabs > kernel.steps * kernel.warps))
       continue;
     const auto most_warps = static_cast<uint32_t>(kernel.warps);

@@ -12,7 +12,7 @@
 #include "kestrel/hopper/warp.cuh"
 #include "kestrel/launch.h"
 #include "ops/activation/gate.cuh"
-#include "ops/moe/tile.h"
+#include "ops/moe/warp.h"
 #include "ops/moe/wgmma.h"
 
 namespace kestrel::cuda {
@@ -280,7 +280,7 @@ void run(Stream stream, const MoeArgs& a) {
 }  // namespace
 
 void moe(Stream stream, const MoeArgs& args) {
-  if ((args.tile < 0 || moe_tile(args.tile).kernel == MoeKernel::kWgmma) && moe_wgmma(stream, args)) return;
+  if (moe_warp(stream, args) || moe_wgmma(stream, args)) return;
   dispatch<bf16, f16, e4m3>(args.dtype, [&]<class T>() {
     if constexpr (dtype_of<T> == DType::kE4M3) {
       if (args.out.dtype == DType::kF32)  // for fused_moe

@@ -11,7 +11,8 @@
 //   expert expert_ids[b]; entries from num_tokens_post_pad on are not looked at; T*K is padding; an expert below 0 is
 //   none.
 // Any sizes, zero too; leading dimensions strided. Rows of out whose assignment is nowhere in the list are not written,
-// and add nothing where summed. out overlaps nothing else. An assignment's bits depend on nothing but its own row.
+// and add nothing where summed. out overlaps nothing else. An assignment's bits depend on nothing but its own row
+// and the kernel: on CUDA up to 64 tokens have their own (warp.cu says which).
 // tile: of those the kernels are compiled in, one that is block_m high, as moe_choice() names it; -1: chosen for this
 // block_m, which may be any. Other shapes than a tile takes run on a plain kernel.
 // workspace: for down with reduce on CUDA, u8, at a multiple of 16: moe_down_workspace_bytes() or any size that holds

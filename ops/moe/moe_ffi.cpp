@@ -36,10 +36,20 @@ void moe_learn(ffi::String gpu, int64_t experts, int64_t hidden, int64_t inner, 
   kestrel::moe_learn(gpu, layer_sizes(experts, hidden, inner, dtype), std::move(list));
 }
 
+// Of a wgmma kernel. launch: the address of a MoeLaunch.
+int64_t moe_add_tile(int block_m, int block_n, int block_k, int num_warps, int num_stages, int64_t dtypes,
+                     int64_t launch) {
+  const kestrel::MoeTile tile{
+      block_m, block_n, block_k, num_warps, num_stages, kestrel::MoeKernel::kWgmma, static_cast<unsigned>(dtypes)};
+  return kestrel::binding::raising(
+      [&] { return int64_t{kestrel::moe_add_tile(tile, reinterpret_cast<kestrel::MoeLaunch>(launch))}; });
+}
+
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_tile_count, [] { return kestrel::moe_tile_count(); });
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_tile, moe_tile);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_add_tile, moe_add_tile);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_ranges, moe_ranges);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_learn, moe_learn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_forget, [] { kestrel::moe_forget(); });

@@ -1,6 +1,8 @@
 #include "ops/moe/tile.h"
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <mutex>
 #include <shared_mutex>
 
@@ -24,6 +26,15 @@ std::vector<Tuned>& tuned() {
   return all;
 }
 std::shared_mutex tuned_mutex;
+
+// They stay where they are, so that reading one takes no lock.
+struct Added {
+  MoeTile tile;
+  MoeLaunch launch;
+};
+constexpr int kMostAdded = 256;
+std::array<Added, kMostAdded> added;
+std::atomic<int> added_count;
 
 const std::string& gpu_name() {
   static const std::string name = [] {
@@ -55,23 +66,25 @@ const Tuned* find_or_alike(const MoeLayerSizes& sizes) {
   return std::all_of(found->points.begin(), found->points.end(), all) ? found : nullptr;
 }
 
-// Without points: the height of a block by the assignments of an expert, were there eight for a token.
+// Without points: by the assignments of an expert, were there eight for a token. Of H200 measurements with 64 experts.
 struct Rule {
   int most_rows;  // of an expert
+  MoeKernel kernel;
   int block_m;
 };
-constexpr Rule kRules[] = {{2, 16}, {16, 32}, {0, 128}};
+constexpr Rule kRules[] = {{2, MoeKernel::kWarp, 16}, {16, MoeKernel::kWgmma, 32}, {0, MoeKernel::kWgmma, 128}};
 
-constexpr int tile_of_height(int64_t block_m, DType dtype) {
+constexpr int tile_of(const Rule& rule, DType dtype) {
   for (int i = 0; i < kMoeTileCount; ++i)
-    if (kMoeTiles[i].block_m == block_m && kMoeTiles[i].takes(dtype)) return i;
+    if (kMoeTiles[i].kernel == rule.kernel && kMoeTiles[i].block_m == rule.block_m && kMoeTiles[i].takes(dtype))
+      return i;
   return -1;
 }
 
 constexpr bool rules_have_tiles() {
   for (const Rule& rule : kRules)
     for (const DType dtype : {DType::kBF16, DType::kF16, DType::kE4M3})
-      if (tile_of_height(rule.block_m, dtype) < 0) return false;
+      if (tile_of(rule, dtype) < 0) return false;
   return true;
 }
 static_assert(rules_have_tiles(), "ops/moe/tiles.json lacks a tile that the rule asks for");
@@ -90,7 +103,7 @@ void visit_ranges(const MoeLayerSizes& sizes, Visit&& visit) {
     return;
   }
   for (const Rule& rule : kRules) {
-    const int tile = tile_of_height(rule.block_m, sizes.dtype);
+    const int tile = tile_of(rule, sizes.dtype);
     visit(MoeRange{first, tile, tile});
     first = rule.most_rows * std::max<int64_t>(sizes.experts, 1) / 8 + 1;
   }
@@ -106,9 +119,22 @@ MoeRange range_of(const MoeLayerSizes& sizes, int64_t tokens) {
 
 }  // namespace
 
-int moe_tile_count() { return kMoeTileCount; }
+int moe_tile_count() { return kMoeTileCount + added_count.load(std::memory_order_acquire); }
 
-const MoeTile& moe_tile(int64_t index) { return kMoeTiles[index]; }
+const MoeTile& moe_tile(int64_t index) {
+  return index < kMoeTileCount ? kMoeTiles[index] : added[index - kMoeTileCount].tile;
+}
+
+MoeLaunch moe_added_launch(int64_t index) { return added[index - kMoeTileCount].launch; }
+
+int moe_add_tile(const MoeTile& tile, MoeLaunch launch) {
+  const std::unique_lock lock(tuned_mutex);
+  const int count = added_count.load(std::memory_order_relaxed);
+  if (count == kMostAdded) throw Error(ErrorKind::kRuntimeError, "moe_add_tile: 256 tiles are added already");
+  added[count] = {tile, launch};
+  added_count.store(count + 1, std::memory_order_release);
+  return kMoeTileCount + count;
+}
 
 std::vector<MoeRange> moe_ranges(const MoeLayerSizes& sizes) {
   std::vector<MoeRange> ranges;
@@ -119,7 +145,7 @@ std::vector<MoeRange> moe_ranges(const MoeLayerSizes& sizes) {
 int moe_tile_for(const MoeLayerSizes& sizes, int64_t tokens, int64_t block_m, bool down) {
   const MoeRange range = range_of(sizes, tokens);
   const int tile = down ? range.down : range.up;
-  return tile >= 0 && moe_tile(tile).block_m == block_m ? tile : tile_of_height(block_m, sizes.dtype);
+  return tile >= 0 && moe_tile(tile).block_m == block_m ? tile : -1;
 }
 
 void moe_learn(const std::string& gpu, const MoeLayerSizes& sizes, std::vector<MoePoint> points) {

@@ -3,14 +3,16 @@
 // by the same tool), the nearest number of tokens deciding, else by a rule of their number.
 #pragma once
 
-#include <kestrel/dtype.h>
-#include <kestrel/error.h>
+#include <kestrel/tensor.h>
 
 #include <cstdint>
 #include <string>
 #include <vector>
 
 namespace kestrel {
+
+struct MoeArgs;
+using MoeLaunch = void (*)(Stream, const MoeArgs&);
 
 enum class MoeKernel { kWarp, kWgmma };
 
@@ -49,11 +51,14 @@ struct MoeRange {
 KESTREL_API int moe_tile_count();
 KESTREL_API const MoeTile& moe_tile(int64_t index);
 
+// A tile compiled elsewhere, for this process; returns its index. At most 256 of them.
+KESTREL_API int moe_add_tile(const MoeTile& tile, MoeLaunch launch);
+MoeLaunch moe_added_launch(int64_t index);
+
 // Of all token counts, ascending, from 0 on.
 KESTREL_API std::vector<MoeRange> moe_ranges(const MoeLayerSizes& sizes);
 
-// The tile of a product whose blocks are `block_m` high: the choice for as many tokens where that is as high, else one
-// that is; -1 where none is.
+// The tile that is chosen for as many tokens, where it is `block_m` high; else -1, and the kernels choose.
 int moe_tile_for(const MoeLayerSizes& sizes, int64_t tokens, int64_t block_m, bool down);
 
 // The tuned points of a GPU take the place of those known for it and these sizes.

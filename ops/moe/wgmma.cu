@@ -6,8 +6,7 @@
 #include "kestrel/hopper/pdl.cuh"
 #include "kestrel/hopper/vec.cuh"
 #include "kestrel/launch.h"
-#include "ops/moe/compiled_tiles.h"
-#include "ops/moe/tile.h"
+#include "ops/moe/compiled_wgmma.h"
 #include "ops/moe/wgmma.h"
 
 namespace kestrel::cuda {
@@ -91,31 +90,25 @@ bool fits(const MoeArgs& a, DType out) {
   return a.reduce || rows_fit(a.out.data, a.out_rows, out);
 }
 
-template <class Tile>
-constexpr bool is(const MoeTile& t) {
-  return t.block_m == Tile::kTokens && t.block_n == 128 * Tile::kGroups && t.num_warps == 4 * (1 + Tile::kGroups) &&
-         t.num_stages == Tile::kStages && t.block_k == (t.takes(DType::kE4M3) ? 128 : 64);
-}
-constexpr bool all_compiled() {
-  for (const MoeTile& t : kMoeTiles)
-    if (t.kernel == MoeKernel::kWgmma && !is<WideTile>(t) && !is<NarrowTile>(t)) return false;
-  return true;
-}
-static_assert(all_compiled(), "ops/moe/tiles.json has a tile of wgmma that wgmma.h does not have");
-
-// Up to 16 rows of an expert the narrow tile loses nothing, and its two blocks on an SM overlap.
-WgmmaTile tile_of(const MoeArgs& a) {
-  const bool narrow = a.tile >= 0 ? is<NarrowTile>(moe_tile(a.tile)) : a.assignments() <= 16 * a.experts;
-  return narrow ? WgmmaTile::kNarrow : WgmmaTile::kWide;
-}
-
-void product(Stream stream, const MoeArgs& a) {
-  const WgmmaTile tile = tile_of(a);
-  switch (a.dtype) {
-    case DType::kBF16: return launch_moe_wgmma<bf16>(stream, a, tile);
-    case DType::kF16: return launch_moe_wgmma<f16>(stream, a, tile);
-    default: return launch_moe_wgmma<e4m3>(stream, a, tile);
+// The lowest and the highest tile of a type.
+constexpr int edge_tile(DType dtype, bool highest) {
+  int best = -1;
+  for (int i = 0; i < kMoeTileCount; ++i) {
+    const MoeTile& t = kMoeTiles[i];
+    if (t.kernel != MoeKernel::kWgmma || !t.takes(dtype)) continue;
+    if (best < 0 || (t.block_m > kMoeTiles[best].block_m) == highest) best = i;
   }
+  return best;
+}
+
+// In the tile that was chosen. Where that is none of these: up to 16 rows of an expert the lowest wastes least, and its
+// two blocks on an SM overlap with the next kernel's.
+void product(Stream stream, const MoeArgs& a) {
+  int tile = a.tile;
+  if (tile < 0 || moe_tile(tile).kernel != MoeKernel::kWgmma)
+    tile = edge_tile(a.dtype, a.assignments() > 16 * a.experts);
+  if (tile >= kMoeTileCount) return moe_added_launch(tile)(stream, a);
+  kMoeWgmma[tile][a.dtype == DType::kBF16 ? 0 : a.dtype == DType::kF16 ? 1 : 2](stream, a);
 }
 
 ExpertWeights from(ExpertWeights weights, int64_t row, DType dtype) {

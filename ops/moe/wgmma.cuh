@@ -125,8 +125,8 @@ __device__ __forceinline__ void stream_weights(const WgmmaArgs<T, Out>& args, co
       arrive_expecting(ring.full(), Shape<Tile>::kWeightBytes);
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit) {
-        copy_box(ring.address() + unit * kUnitBytes, &args.map[kPlain ? panel : unit % 2], step * kDepth,
-                 row + (kPlain ? unit : unit / 2) * 64, work.expert, 0, ring.full(), args.weight_policy);
+        copy_box_kept(ring.address() + unit * kUnitBytes, &args.map[kPlain ? panel : unit % 2], step * kDepth,
+                      row + (kPlain ? unit : unit / 2) * 64, work.expert, 0, ring.full(), args.weight_policy);
       }
       ring.advance();
     }
@@ -329,22 +329,17 @@ __device__ __forceinline__ void finish(const WgmmaArgs<T, Out>& args, const floa
 #pragma unroll 1
   for (int base = 0; base < rows; base += 32) {
     float values[2][16];  // of rows 8 (i / 4) + 2 q + i % 2, columns g + 8 (i / 2 % 2)
-    const auto take = [&]<int kFrom>() {
+    [&]<int... kPart>(std::integer_sequence<int, kPart...>) {
+      const auto take = [&]<int kFrom>() {
 #pragma unroll
-      for (int t = 0; t < 2; ++t)
+        for (int t = 0; t < 2; ++t)
 #pragma unroll
-        for (int i = 0; i < 16; ++i) values[t][i] = sums[t][kFrom + i];
-    };
-    if constexpr (kMost == 16) {
-      take.template operator()<0>();
-    } else {
-      switch (base / 32) {
-        case 0: take.template operator()<0>(); break;
-        case 1: take.template operator()<16>(); break;
-        case 2: take.template operator()<32>(); break;
-        default: take.template operator()<48>();
-      }
+          for (int i = 0; i < 16; ++i) values[t][i] = kFrom + i < kMost ? sums[t][min(kFrom + i, kMost - 1)] : 0;
+        return true;
+      };
+      (void)((base == 32 * kPart && take.template operator()<16 * kPart>()) || ...);
     }
+    (std::make_integer_sequence<int, (kMost + 15) / 16>());
 #pragma unroll
     for (int i = 0; i < 16; i += 2) {
       float2 factor = {1, 1};
@@ -427,20 +422,11 @@ __device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename 
     const int32_t rows = max(info.rows[0], max(info.rows[1], info.rows[2]));
     float sums[2][Tile::kTokens / 2];
     const auto multiply_by = [&]<int kN>() { multiply<T, kN>(sums, group, Shape<Tile>::kWeightBytes, steps, ring); };
-    if constexpr (Tile::kTokens == 32) {
-      rows <= 16 ? multiply_by.template operator()<16>() : multiply_by.template operator()<32>();
-    } else {
-      switch ((rows - 1) / 16) {
-        case 1: multiply_by.template operator()<32>(); break;
-        case 2: multiply_by.template operator()<48>(); break;
-        case 3: multiply_by.template operator()<64>(); break;
-        case 4: multiply_by.template operator()<80>(); break;
-        case 5: multiply_by.template operator()<96>(); break;
-        case 6: multiply_by.template operator()<112>(); break;
-        case 7: multiply_by.template operator()<128>(); break;
-        default: multiply_by.template operator()<16>();
-      }
+    const int sixteens = max((rows + 15) / 16, 1);
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+      ((sixteens == i + 1 ? (multiply_by.template operator()<16 * (i + 1)>(), true) : false) || ...);
     }
+    (std::make_integer_sequence<int, Tile::kTokens / 16>());
     finish<kFinish>(args, sums, scale, info, rows, staged, group, panel, column, &buffer);
     __syncwarp();
     if (lane == 0) arrive(info_ring.empty());
@@ -559,14 +545,10 @@ void launch_tile(Stream stream, const MoeArgs& a) {
   launch_finish<T, Out, Tile, Finish::kPlain>(stream, a, args);
 }
 
-template <class T>
-void launch_moe_wgmma(Stream stream, const MoeArgs& a, WgmmaTile tile) {
+template <class T, class Tile>
+void launch_moe_wgmma(Stream stream, const MoeArgs& a) {
   using Short = std::conditional_t<sizeof(T) == 1, bf16, T>;
-  const bool wide = tile == WgmmaTile::kWide;
-  if (a.out.dtype == DType::kF32)
-    wide ? launch_tile<T, float, WideTile>(stream, a) : launch_tile<T, float, NarrowTile>(stream, a);
-  else
-    wide ? launch_tile<T, Short, WideTile>(stream, a) : launch_tile<T, Short, NarrowTile>(stream, a);
+  a.out.dtype == DType::kF32 ? launch_tile<T, float, Tile>(stream, a) : launch_tile<T, Short, Tile>(stream, a);
 }
 
 }  // namespace kestrel::cuda

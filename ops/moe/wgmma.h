@@ -5,26 +5,21 @@
 
 namespace kestrel::cuda {
 
-// kTokens: the most rows of x of a tile, whatever the height of a block of the alignment. kGroups: consumer warpgroups,
-// each with 128 rows of weights (of a gate 64 of either panel). kBlocks: on an SM. kRuns: experts that a block's table
-// holds at a time.
-struct WideTile {
-  static constexpr int kTokens = 128, kGroups = 2, kStages = 4, kBlocks = 1, kRuns = 512;
+// A compiled tile (ops/moe/tile.h). kTokens: the most rows of x. kGroups: consumer warpgroups, each with 128 rows of
+// weights (of a gate 64 of either panel). kBlocks: on an SM. kRuns: experts that the block's table holds at a time.
+template <int kBlockM, int kBlockN, int kNumStages>
+struct WgmmaTile {
+  static constexpr int kTokens = kBlockM, kGroups = kBlockN / 128, kStages = kNumStages;
+  static constexpr int kBlocks = kGroups == 1 ? 2 : 1, kRuns = kGroups == 1 ? 128 : 512;
+  static_assert(kTokens % 16 == 0 && kTokens <= 128 && (kBlockN == 128 || kBlockN == 256) && kStages >= 2);
 };
-struct NarrowTile {
-  static constexpr int kTokens = 32, kGroups = 1, kStages = 5, kBlocks = 2, kRuns = 128;
-};
-
-enum class WgmmaTile { kNarrow, kWide };
 
 // False, with nothing done: these operands are not for it.
 bool moe_wgmma(Stream stream, const MoeArgs& args);
 
-// args.out may be fp32: down, or e4m3. `reduce` is not looked at.
-template <class T>
-void launch_moe_wgmma(Stream stream, const MoeArgs& args, WgmmaTile tile);
-extern template void launch_moe_wgmma<bf16>(Stream, const MoeArgs&, WgmmaTile);
-extern template void launch_moe_wgmma<f16>(Stream, const MoeArgs&, WgmmaTile);
-extern template void launch_moe_wgmma<e4m3>(Stream, const MoeArgs&, WgmmaTile);
+// args.out may be fp32: down, or e4m3. `reduce` is not looked at. A file for each tile and type, which the build
+// writes.
+template <class T, class Tile>
+void launch_moe_wgmma(Stream stream, const MoeArgs& args);
 
 }  // namespace kestrel::cuda

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from operator import index
 from pathlib import Path
@@ -76,7 +77,7 @@ _learned: Path | None = None  # the folder whose files the library knows
 
 
 def tiles() -> dict[CuteMoeConfig, int]:
-    """Every compiled tile, once for each of its dtypes -> its number."""
+    """Every tile of the build, once for each of its dtypes -> its number."""
     if not _tiles:
         library = _library.load()
         for i in range(library.moe_tile_count()):
@@ -107,6 +108,13 @@ def tile_of(sizes: tuple[int, ...], dtype: str, kernel_type: str) -> int:
     """
     config = CuteMoeConfig(*sizes, dtype, kernel_type)  # type: ignore[call-arg, arg-type]
     tile = tiles().get(config)
+    if tile is None and os.environ.get("KESTREL_CUTE_MOE_JIT") == "1":
+        from kestrel_kernels import _moe_jit
+
+        try:
+            return _moe_jit.tile_of(config)
+        except ValueError as problem:
+            raise ValueError(f"CuteMoeConfig: must be a tile that compiles ({problem}), got {config}") from None
     if tile is None:
         like = "; ".join(map(str, nearest(config)))
         raise ValueError(f"CuteMoeConfig: must be a compiled tile, the nearest are {like}; got {config}")

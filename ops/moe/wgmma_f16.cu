@@ -1,3 +1,0 @@
-#include "ops/moe/wgmma.cuh"
-
-template void kestrel::cuda::launch_moe_wgmma<kestrel::f16>(Stream, const MoeArgs&, WgmmaTile);
