@@ -169,7 +169,7 @@ class Problem:
     def check(self, got: np.ndarray, want: np.ndarray) -> None:
         # Tensor cores keep 13 bits of a sum of e4m3 products, below its largest term.
         coarse = self.dtype == "float8_e4m3fn" and self.backend.device == "cuda"
-        assert_close(got, want, self.out_dtype, slack=2e-3 if coarse else 4e-5)
+        assert_close(got, want, self.out_dtype, slack=4e-3 if coarse else 4e-5)
         known = want[~np.isnan(want)]
         if known.size > 4000 and np.linalg.norm(known):
             assert relative_error(got[~np.isnan(want)], known) < 2e-3

@@ -305,6 +305,17 @@ __device__ __forceinline__ float apply_finish(const auto& args, float a, float b
   }
 }
 
+// The 16 values that a thread has of 32 rows from `base` on.
+template <int kFrom = 0, int kMost>
+__device__ __forceinline__ void take_rows(float (&values)[2][16], const float (&sums)[2][kMost], int base) {
+  if constexpr (kFrom + 16 < kMost)
+    if (base != 2 * kFrom) return take_rows<kFrom + 16>(values, sums, base);
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int i = 0; i < 16; ++i) values[t][i] = kFrom + i < kMost ? sums[t][min(kFrom + i, kMost - 1)] : 0;
+}
+
 // To out: two sums of their own, or one of both, 128 or 64 columns of the group. Its values are turned round by way of
 // shared memory, some rows at a time, and leave in whole lines; 32 bytes at a time they took as long as the products.
 // A loop over 32 rows at a time, not unrolled: straight code for 128 rows is read from memory for every tile.
@@ -329,17 +340,7 @@ __device__ __forceinline__ void finish(const WgmmaArgs<T, Out>& args, const floa
 #pragma unroll 1
   for (int base = 0; base < rows; base += 32) {
     float values[2][16];  // of rows 8 (i / 4) + 2 q + i % 2, columns g + 8 (i / 2 % 2)
-    [&]<int... kPart>(std::integer_sequence<int, kPart...>) {
-      const auto take = [&]<int kFrom>() {
-#pragma unroll
-        for (int t = 0; t < 2; ++t)
-#pragma unroll
-          for (int i = 0; i < 16; ++i) values[t][i] = kFrom + i < kMost ? sums[t][min(kFrom + i, kMost - 1)] : 0;
-        return true;
-      };
-      (void)((base == 32 * kPart && take.template operator()<16 * kPart>()) || ...);
-    }
-    (std::make_integer_sequence<int, (kMost + 15) / 16>());
+    take_rows(values, sums, base);
 #pragma unroll
     for (int i = 0; i < 16; i += 2) {
       float2 factor = {1, 1};
