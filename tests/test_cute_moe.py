@@ -252,7 +252,7 @@ def test_every_tile(backend: Backend, dtype: str) -> None:
                 problem.check_all()
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "slots", "experts", "hidden", "inner", "block_m"),
     [
@@ -262,6 +262,8 @@ def test_every_tile(backend: Backend, dtype: str) -> None:
         (8, 2, 3, 1104, 40, 8),
         (11, 2, 3, 2120, 128, 32),
         (3, 2, 3, 64, 2112, 16),
+        (4, 4, 8, 1088, 1024, 16),
+        (12, 4, 5, 1088, 768, 16),
     ],
 )
 def test_few_tokens(
@@ -270,6 +272,21 @@ def test_few_tokens(
     """What streams its weights to tensor cores on CUDA: one or two groups of columns, depths of one granule to many,
     whole and ending within one, sums in one kernel and in parts."""
     Problem(backend, dtype, draw_ids(tokens, slots, experts), experts, hidden, inner, block_m).check_all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "inner"), [(1088, 512), (2176, 256), (1088, 1280)])
+def test_among_many(backend: Backend, dtype: str, hidden: int, inner: int) -> None:
+    """A token's bits are the same among many, where other kernels may take it, and alone."""
+    ids = draw_ids(40, 2, 6)
+    many, few = (Problem(backend, dtype, part, 6, hidden, inner) for part in (ids, ids[:2]))
+    for call in (
+        lambda p: p.up(),
+        lambda p: p.up("silu_and_mul"),
+        lambda p: p.down(),
+        lambda p: p.down(reduce=True),
+    ):
+        np.testing.assert_array_equal(call(many)[:2], call(few))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])

@@ -62,16 +62,6 @@ __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int c0, int
                : "memory");
 }
 
-// The same, to that address and that barrier in each block of the cluster whose bit is set in `ranks`.
-__device__ __forceinline__ void copy_box_to(uint16_t ranks, uint32_t to, const CUtensorMap* map, int c0, int c1, int c2,
-                                            int c3, uint32_t barrier, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-      ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7, %8;" ::"r"(to),
-      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(barrier), "h"(ranks), "l"(policy)
-      : "memory");
-}
-
 // cp.async.cg, 16 bytes: of those `valid` (0 or 16) are read and the others come as zero.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint32_t valid = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");

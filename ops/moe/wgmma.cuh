@@ -51,8 +51,8 @@ struct WgmmaArgs {
   int32_t width, depth, panels, blocks_per_panel;
   float residual;  // what a gate adds to its second factor
   bool tanh;
-  uint32_t cluster_bits;
-  bool guess;                          // every expert has one tile of rows, most likely
+  bool several;                        // tiles of an expert, most likely; or
+  bool one;                            // for each
   uint64_t weight_policy, out_policy;  // in L2
 };
 
@@ -88,10 +88,10 @@ struct Rings {
   __device__ __forceinline__ explicit Rings(typename Shape<Tile>::Shared* shared)
       : stages{shared_address(shared->ring), shared_address(shared->barriers), Tile::kStages, Shape<Tile>::kStageBytes},
         infos{0, shared_address(shared->barriers + 2 * Tile::kStages), kInfos, 0} {}
-  __device__ __forceinline__ void init(uint32_t cluster) const {
+  __device__ __forceinline__ void init() const {
     for (int i = 0; i < Tile::kStages; ++i) {
       init_barrier(stages.barriers + i * 16, 1 + kGatherThreads);
-      init_barrier(stages.barriers + i * 16 + 8, 4 * Tile::kGroups * cluster);
+      init_barrier(stages.barriers + i * 16 + 8, 4 * Tile::kGroups);
     }
     for (int i = 0; i < kInfos; ++i) {
       init_barrier(infos.barriers + i * 16, kGatherThreads);
@@ -109,16 +109,15 @@ __device__ __forceinline__ void locate(const Args& args, int32_t panel_block, in
   *row = (panel_block - *panel * args.blocks_per_panel) * kRows;
 }
 
-// One thread. In a cluster each block reads its share of the weights for all: a stage must be free in all of them.
+// One thread.
 template <class Tile, Finish kFinish, class T, class Out>
-__device__ __forceinline__ void stream_weights(const WgmmaArgs<T, Out>& args, const auto& runs, const Place& place,
-                                               Ring& ring) {
+__device__ __forceinline__ void stream_weights(const WgmmaArgs<T, Out>& args, const auto& runs, Ring& ring) {
   constexpr bool kPlain = kFinish == Finish::kPlain;
   constexpr int kDepth = 128 / sizeof(T), kUnits = Shape<Tile>::kUnits;
   const int32_t steps = (args.depth + kDepth - 1) / kDepth;
   int run = 0;
   TileWork work;
-  for (uint32_t tile = place.cluster(); runs.get(tile, place, &run, &work); tile += place.clusters()) {
+  for (uint32_t round = 0; runs.get(own_tile(round), &run, &work); ++round) {
     int32_t panel, row;
     locate<Tile, kFinish>(args, work.panel_block, &panel, &row);
     for (int32_t step = 0; step < steps; ++step) {
@@ -126,13 +125,8 @@ __device__ __forceinline__ void stream_weights(const WgmmaArgs<T, Out>& args, co
       arrive_expecting(ring.full(), Shape<Tile>::kWeightBytes);
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit) {
-        const CUtensorMap* const map = &args.map[kPlain ? panel : unit % 2];
-        const uint32_t to = ring.address() + unit * kUnitBytes;
-        const int column = step * kDepth, from = row + (kPlain ? unit : unit / 2) * 64;
-        if (place.bits == 0)
-          copy_box_kept(to, map, column, from, work.expert, 0, ring.full(), args.weight_policy);
-        else if (unit / (kUnits / 2) == place.rank())
-          copy_box_to(3, to, map, column, from, work.expert, 0, ring.full(), args.weight_policy);
+        copy_box_kept(ring.address() + unit * kUnitBytes, &args.map[kPlain ? panel : unit % 2], step * kDepth,
+                      row + (kPlain ? unit : unit / 2) * 64, work.expert, 0, ring.full(), args.weight_policy);
       }
       ring.advance();
     }
@@ -158,7 +152,7 @@ __device__ __forceinline__ void prefetch_weights(const WgmmaArgs<T, Out>& args, 
 
 // Three warps. Lanes 8i to 8i + 7 copy the 128 bytes of a row.
 template <class Tile, class T, class Out>
-__device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const auto& runs, const Place& place,
+__device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const auto& runs,
                                             typename Shape<Tile>::Info* infos, Ring& ring, Ring& info_ring) {
   constexpr int kDepth = 128 / sizeof(T), kVec = kVec16<T>;
   constexpr int kOwn = (Tile::kTokens + kGatherThreads - 1) / kGatherThreads;
@@ -171,8 +165,8 @@ __device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const
 
   int run = 0;
   TileWork work;
-  uint32_t tile = place.cluster();
-  bool more = runs.get(tile, place, &run, &work);
+  uint32_t round = 0;
+  bool more = runs.get(own_tile(round), &run, &work);
   int32_t ids[kOwn];
   const auto load_ids = [&] {
 #pragma unroll
@@ -217,8 +211,7 @@ __device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const
       const uint32_t row = row0 + p * kRowsAtOnce;
       from[p] = row < Tile::kTokens ? info.x[row] : kNone;
     }
-    tile += place.clusters();
-    more = runs.get(tile, place, &run, &work);
+    more = runs.get(own_tile(++round), &run, &work);
     load_ids();
 
     for (int32_t step = 0; step < steps; ++step) {
@@ -244,13 +237,6 @@ __device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const
   }
 }
 
-// By each consumer warp, when the products of the whole group that read the stage are done.
-__device__ __forceinline__ void release(const Ring& ring, const Place& place) {
-  if (threadIdx.x % kWarp != 0) return;
-  arrive(ring.empty());
-  if (place.bits > 0) arrive_at(ring.empty(), place.rank() ^ 1);
-}
-
 template <int kN, int kMost>
 __device__ __forceinline__ float (&first_of(float (&sums)[kMost]))[kN] {
   return reinterpret_cast<float(&)[kN]>(sums);
@@ -260,7 +246,8 @@ __device__ __forceinline__ float (&first_of(float (&sums)[kMost]))[kN] {
 // other group keeps the tensor cores busy, and the stage is free as soon as it can be.
 template <class T, int kN, int kMost>
 __device__ __forceinline__ void multiply(float (&sums)[2][kMost], int group, uint32_t weight_bytes, int32_t steps,
-                                         const Place& place, Ring& ring) {
+                                         Ring& ring) {
+  const bool first_lane = threadIdx.x % kWarp == 0;
 #pragma unroll
   for (int t = 0; t < 2; ++t)
 #pragma unroll
@@ -290,7 +277,7 @@ __device__ __forceinline__ void multiply(float (&sums)[2][kMost], int group, uin
         add(p - 1);
       }
       wgmma_wait<0>();
-      release(ring, place);
+      if (first_lane) arrive(ring.empty());
       add(kParts - 1);
     } else {
       wgmma_fence();
@@ -301,7 +288,7 @@ __device__ __forceinline__ void multiply(float (&sums)[2][kMost], int group, uin
           wgmma<T, kN>(first_of<kN / 2>(sums[t]), advance(a, t * kUnitBytes + k * 32), advance(b, k * 32), true);
       wgmma_commit();
       wgmma_wait<0>();
-      release(ring, place);
+      if (first_lane) arrive(ring.empty());
     }
     ring.advance();
   }
@@ -316,6 +303,17 @@ __device__ __forceinline__ float apply_finish(const auto& args, float a, float b
     const float slope = args.tanh ? -2.30220820f * fmaf(0.044715f * a, a, 1.0f) : -1.44269504f;
     return a * fast_reciprocal(1.0f + fast_exp2(slope * a)) * b;
   }
+}
+
+// The 16 values that a thread has of 32 rows from `base` on.
+template <int kFrom = 0, int kMost>
+__device__ __forceinline__ void take_rows(float (&values)[2][16], const float (&sums)[2][kMost], int base) {
+  if constexpr (kFrom + 16 < kMost)
+    if (base != 2 * kFrom) return take_rows<kFrom + 16>(values, sums, base);
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int i = 0; i < 16; ++i) values[t][i] = kFrom + i < kMost ? sums[t][min(kFrom + i, kMost - 1)] : 0;
 }
 
 // To out: two sums of their own, or one of both, 128 or 64 columns of the group. Its values are turned round by way of
@@ -342,24 +340,7 @@ __device__ __forceinline__ void finish(const WgmmaArgs<T, Out>& args, const floa
 #pragma unroll 1
   for (int base = 0; base < rows; base += 32) {
     float values[2][16];  // of rows 8 (i / 4) + 2 q + i % 2, columns g + 8 (i / 2 % 2)
-    const auto take = [&]<int kFrom>() {
-      if constexpr (kFrom < kMost) {
-#pragma unroll
-        for (int t = 0; t < 2; ++t)
-#pragma unroll
-          for (int i = 0; i < 16; ++i) values[t][i] = sums[t][kFrom + i];
-      }
-    };
-    if constexpr (kMost == 16) {
-      take.template operator()<0>();
-    } else {
-      switch (base / 32) {
-        case 0: take.template operator()<0>(); break;
-        case 1: take.template operator()<16>(); break;
-        case 2: take.template operator()<32>(); break;
-        default: take.template operator()<48>();
-      }
-    }
+    take_rows(values, sums, base);
 #pragma unroll
     for (int i = 0; i < 16; i += 2) {
       float2 factor = {1, 1};
@@ -412,8 +393,8 @@ __device__ __forceinline__ void finish(const WgmmaArgs<T, Out>& args, const floa
 }
 
 template <class Tile, Finish kFinish, class T, class Out>
-__device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename Shape<Tile>::Shared* shared,
-                                        const Place& place, Ring& ring, Ring& info_ring) {
+__device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename Shape<Tile>::Shared* shared, Ring& ring,
+                                        Ring& info_ring) {
   constexpr bool kPlain = kFinish == Finish::kPlain;
   const int warp = threadIdx.x / kWarp - kProducerThreads / kWarp, lane = threadIdx.x % kWarp;
   const int group = Tile::kGroups == 1 ? 0 : warp / 4;
@@ -422,7 +403,7 @@ __device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename 
   uint32_t buffer = 0;
   int run = 0;
   TileWork work;
-  for (uint32_t tile = place.cluster(); shared->runs.get(tile, place, &run, &work); tile += place.clusters()) {
+  for (uint32_t round = 0; shared->runs.get(own_tile(round), &run, &work); ++round) {
     int32_t panel, row;
     locate<Tile, kFinish>(args, work.panel_block, &panel, &row);
     const int32_t column = row + group * (kPlain ? 128 : 64);
@@ -441,9 +422,7 @@ __device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename 
     wait_barrier(info_ring.full(), info_ring.parity);
     const int32_t rows = max(info.rows[0], max(info.rows[1], info.rows[2]));
     float sums[2][Tile::kTokens / 2];
-    const auto multiply_by = [&]<int kN>() {
-      multiply<T, kN>(sums, group, Shape<Tile>::kWeightBytes, steps, place, ring);
-    };
+    const auto multiply_by = [&]<int kN>() { multiply<T, kN>(sums, group, Shape<Tile>::kWeightBytes, steps, ring); };
     const int sixteens = max((rows + 15) / 16, 1);
     [&]<int... i>(std::integer_sequence<int, i...>) {
       ((sixteens == i + 1 ? (multiply_by.template operator()<16 * (i + 1)>(), true) : false) || ...);
@@ -466,23 +445,22 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
   auto* const shared = reinterpret_cast<typename Shape<Tile>::Shared*>(
       unaligned + ((shared_address(unaligned) + 1023) / 1024 * 1024 - shared_address(unaligned)));
   Rings<Tile> rings(shared);
-  const Place place{args.cluster_bits};
-  if (threadIdx.x == 0) rings.init(place.size());
+  if (threadIdx.x == 0) rings.init();
   const auto panel_blocks = [&] { return args.blocks_per_panel * (kFinish == Finish::kPlain ? args.panels : 1); };
-  if (args.guess && threadIdx.x == kWarp) prefetch_weights<Tile, kFinish>(args, panel_blocks());
-  place.bits > 0 ? sync_cluster() : __syncthreads();
+  if (args.one && threadIdx.x == kWarp) prefetch_weights<Tile, kFinish>(args, panel_blocks());
+  __syncthreads();
   wait_for_predecessor();
 
   const int warp = threadIdx.x / kWarp;
   if (warp < kProducerThreads / kWarp) {
     if constexpr (Tile::kBlocks == 1) leave_registers<56>();
     for (int32_t block = 0; block >= 0;) {
-      shared->runs.build(args.list, block, panel_blocks(), place.bits);
+      shared->runs.build(args.list, block, panel_blocks(), args.several);
       sync_threads(3, kThreads);
       if (warp > 0)
-        gather_rows<Tile>(args, shared->runs, place, shared->info, rings.stages, rings.infos);
+        gather_rows<Tile>(args, shared->runs, shared->info, rings.stages, rings.infos);
       else if (threadIdx.x == 0)
-        stream_weights<Tile, kFinish>(args, shared->runs, place, rings.stages);
+        stream_weights<Tile, kFinish>(args, shared->runs, rings.stages);
       block = shared->runs.next_block;
       __syncwarp();
       if (block >= 0) sync_threads(3, kThreads);
@@ -491,23 +469,21 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
     if constexpr (Tile::kBlocks == 1) take_registers<224>();
     for (int32_t block = 0; block >= 0;) {
       sync_threads(3, kThreads);
-      consume<Tile, kFinish>(args, shared, place, rings.stages, rings.infos);
+      consume<Tile, kFinish>(args, shared, rings.stages, rings.infos);
       block = shared->runs.next_block;
       __syncwarp();
       if (block >= 0) sync_threads(3, kThreads);
     }
   }
-  if (place.bits > 0) sync_cluster();  // a peer's copies and arrivals come to this block's memory
 #endif
 }
 
 template <class T, class Out, class Tile, Finish kFinish>
 void launch_finish(Stream stream, const MoeArgs& a, const WgmmaArgs<T, Out>& args) {
-  const int cluster = 1 << args.cluster_bits;
-  const int64_t most = (a.positions / Tile::kTokens + a.positions / a.block_m + 1) * args.blocks_per_panel * a.panels;
-  const int64_t blocks = std::min<int64_t>(most * cluster, sm_count() / cluster * cluster * int64_t{Tile::kBlocks});
-  launch<moe_wgmma_kernel<T, Out, Tile, kFinish>>(
-      stream, {blocks, Shape<Tile>::kThreads, 1, Shape<Tile>::kSharedBytes, cluster}, args);
+  const int64_t tiles = (a.positions / Tile::kTokens + a.positions / a.block_m + 1) * args.blocks_per_panel * a.panels;
+  const int64_t blocks = std::min<int64_t>(tiles, int64_t{sm_count()} * Tile::kBlocks);
+  launch<moe_wgmma_kernel<T, Out, Tile, kFinish>>(stream, {blocks, Shape<Tile>::kThreads, 1, Shape<Tile>::kSharedBytes},
+                                                  args);
 }
 
 inline ChunkRows chunk_rows(const Rows& rows, int64_t size) {
@@ -557,12 +533,11 @@ void launch_tile(Stream stream, const MoeArgs& a) {
   args.blocks_per_panel = static_cast<int32_t>(ceil_div(a.width, rows));
   args.residual = a.gate == Gate::kGeluResidual ? 1 : 0;
   args.tanh = a.gate == Gate::kGeluTanh;
-  // Where experts have several tiles, pairs of blocks share the weights, whose way from L2 is then what binds.
-  const bool several = a.assignments() > a.experts * Tile::kTokens;
-  args.cluster_bits = Tile::kGroups == 2 && several ? 1 : 0;
-  args.guess = !several && a.assignments() >= 6 * a.experts;
-  args.weight_policy = several ? kKeepAsUsual : kEvictFirst;
-  args.out_policy = kKeepAsUsual;
+  args.several = 4 * a.assignments() > 3 * a.experts * Tile::kTokens;
+  args.one = !args.several && a.assignments() >= 6 * a.experts;
+  // Weights that are read once do not drive out what the next kernel reads: 3% at 64 tokens.
+  args.weight_policy = args.several ? kKeepAsUsual : kEvictFirst;
+  args.out_policy = args.several ? kKeepAsUsual : kEvictLast;
   if constexpr (sizeof(T) == 1 || sizeof(Out) == 2) {
     if (a.gate == Gate::kGeluResidual || a.gate == Gate::kGelu)
       return launch_finish<T, Out, Tile, Finish::kErfGate>(stream, a, args);
