@@ -15,7 +15,7 @@ from kestrel_kernels.cute_moe import CuteMoeConfig
 from support import Backend
 from test_cute_moe import Problem, draw_ids
 
-TILE = CuteMoeConfig(48, 128, 64, 8, 3, "bf16", "wgmma")
+TILE = CuteMoeConfig(64, 128, 64, 8, 3, "bf16", "wgmma")
 BUILD = f"from kestrel_kernels import _library, _moe_jit; _library.load(); print(_moe_jit.build(_moe_jit.{TILE!r}))"
 
 
@@ -49,7 +49,7 @@ def test_two_processes_at_once(cache: Path) -> None:
 @needs_nvcc
 def test_used_as_a_config(backend: Backend, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    problem = Problem(backend, "bfloat16", draw_ids(100, 3, 4), 4, 192, 128, 48)
+    problem = Problem(backend, "bfloat16", draw_ids(100, 3, 4), 4, 192, 128, 64)
     monkeypatch.delenv("KESTREL_CUTE_MOE_JIT", raising=False)
     if TILE not in _moe_jit._loaded:
         with pytest.raises(ValueError, match="must be a compiled tile, the nearest are"):
@@ -67,7 +67,7 @@ def test_tiles_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(Backend("numpy"), "bfloat16", draw_ids(5, 2, 4), 4, 40, 24)
     for changes, message in (
         ({"block_n": 64}, "block_n must be 128 or 256"),
-        ({"block_m": 72}, "block_m must be a multiple of 16 up to 128"),
+        ({"block_m": 48}, "block_m must be a multiple of 32 up to 128"),
         ({"block_k": 32}, "block_k must be 64"),
         ({"num_warps": 4}, "num_warps must be 8"),
         ({"num_stages": 1}, "num_stages must be 2 or more"),

@@ -11,7 +11,8 @@ template <int kBlockM, int kBlockN, int kNumStages>
 struct WgmmaTile {
   static constexpr int kTokens = kBlockM, kGroups = kBlockN / 128, kStages = kNumStages;
   static constexpr int kBlocks = kGroups == 1 ? 2 : 1, kRuns = kGroups == 1 ? 128 : 512;
-  static_assert(kTokens % 16 == 0 && kTokens <= 128 && (kBlockN == 128 || kBlockN == 256) && kStages >= 2);
+  // Results leave 32 rows at a time.
+  static_assert(kTokens % 32 == 0 && kTokens <= 128 && (kBlockN == 128 || kBlockN == 256) && kStages >= 2);
 };
 
 // False, with nothing done: these operands are not for it.

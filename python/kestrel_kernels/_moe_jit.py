@@ -93,7 +93,7 @@ def check(config: CuteMoeConfig) -> None:
     depth = 128 if config.dtype == "fp8" else 64
     for holds, what in (
         (config.block_n in (128, 256), "block_n must be 128 or 256"),
-        (config.block_m % 16 == 0 and config.block_m <= 128, "block_m must be a multiple of 16 up to 128"),
+        (config.block_m % 32 == 0 and config.block_m <= 128, "block_m must be a multiple of 32 up to 128"),
         (config.block_k == depth, f"block_k must be {depth}"),
         (config.num_warps == 4 + 4 * groups, f"num_warps must be {4 + 4 * groups}"),
         (config.num_stages >= 2, "num_stages must be 2 or more"),
@@ -105,7 +105,7 @@ def check(config: CuteMoeConfig) -> None:
 def candidates(dtype: str) -> Iterator[CuteMoeConfig]:
     """What is worth a trial beside the compiled tiles: as many stages as fit, and one less."""
     depth = 128 if dtype == "fp8" else 64
-    for block_n, heights in ((128, (16, 32, 48, 64)), (256, (32, 64, 96, 128))):
+    for block_n, heights in ((128, (32, 64)), (256, (32, 64, 96, 128))):
         groups = block_n // 128
         for block_m in heights:
             fit = ((196 if groups == 2 else 96) << 10) // (groups * 16384 + block_m * 128)
