@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kestrel_kernels import _moe_config
+from kestrel_kernels import _library, _moe_config
 from kestrel_kernels.cute_moe import (
     get_cute_moe_block_m,
     invoke_cute_moe_down,
@@ -250,6 +250,11 @@ def test_every_tile(backend: Backend, dtype: str) -> None:
                 problem = Problem(backend, dtype, draw_ids(tokens, 2, 4), 4, hidden, inner, tile.block_m)
                 problem.config = tile
                 problem.check_all()
+                if backend.device == "cuda" and hidden % 16 == inner % 16 == 0:  # and by the kernel that was asked for
+                    fits = tile.kernel_type != "warp" or tokens <= 64
+                    for call in (problem.up, problem.down):
+                        call()
+                        assert _library.load().moe_last_kernel() == (tile.kernel_type if fits else "wgmma")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

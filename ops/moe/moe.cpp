@@ -92,7 +92,10 @@ void check_indices(Contract& c, Stream stream, const Alignment& a, const MoeArgs
 
 void run(Stream stream, const Contract& c, const MoeArgs& args) {
   if (args.out.empty()) return;
-  if (c.on_cpu()) return cpu::moe(args);
+  if (c.on_cpu()) {
+    moe_note_kernel("cpu");
+    return cpu::moe(args);
+  }
   if constexpr (kHasCuda) {
     DeviceGuard guard(args.out.device);
     cuda::moe(stream, args);

@@ -50,6 +50,7 @@ int64_t moe_add_tile(int block_m, int block_n, int block_k, int num_warps, int n
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_tile_count, [] { return kestrel::moe_tile_count(); });
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_tile, moe_tile);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_add_tile, moe_add_tile);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_last_kernel, [] { return ffi::String(kestrel::moe_last_kernel()); });
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_ranges, moe_ranges);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_learn, moe_learn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_forget, [] { kestrel::moe_forget(); });

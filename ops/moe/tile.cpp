@@ -27,6 +27,8 @@ std::vector<Tuned>& tuned() {
 }
 std::shared_mutex tuned_mutex;
 
+thread_local const char* last_kernel = "";
+
 // They stay where they are, so that reading one takes no lock.
 struct Added {
   MoeTile tile;
@@ -118,6 +120,9 @@ MoeRange range_of(const MoeLayerSizes& sizes, int64_t tokens) {
 }
 
 }  // namespace
+
+const char* moe_last_kernel() { return last_kernel; }
+void moe_note_kernel(const char* name) { last_kernel = name; }
 
 int moe_tile_count() { return kMoeTileCount + added_count.load(std::memory_order_acquire); }
 

@@ -55,6 +55,10 @@ KESTREL_API const MoeTile& moe_tile(int64_t index);
 KESTREL_API int moe_add_tile(const MoeTile& tile, MoeLaunch launch);
 MoeLaunch moe_added_launch(int64_t index);
 
+// Which kernel made this thread's last product, for the tuner and for tests: "warp", "wgmma", "plain", "cpu".
+KESTREL_API const char* moe_last_kernel();
+void moe_note_kernel(const char* name);
+
 // Of all token counts, ascending, from 0 on.
 KESTREL_API std::vector<MoeRange> moe_ranges(const MoeLayerSizes& sizes);
 

@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kestrel_kernels import _moe_config, _moe_jit
+from kestrel_kernels import _library, _moe_config, _moe_jit
 from kestrel_kernels._moe_config import KINDS, SIZES, CuteMoeConfig, tiles
 
 if TYPE_CHECKING:
@@ -143,6 +143,9 @@ class Tuner:
                 error = frobenius(entry.results(tiled[0], entry.bound(tiled[0])()), want)
                 if not error <= entry.tolerance:
                     return Result(0.0, _rounded(error), False, WRONG)
+                made_by = _library.load().moe_last_kernel()
+                if self.clock.device == "cuda" and made_by != key.config.kernel_type:
+                    return Result(0.0, _rounded(error), False, f"does not take this shape: the {made_by} kernel did it")
                 calls = [entry.bound(s) for s in tiled]
                 once = self.clock.once(calls[0])
                 if once > HOPELESS * best + LAUNCH:
