@@ -138,4 +138,14 @@ int compute_capability() {
   });
 }
 
+std::string device_name() {
+  int device = 0;
+  cudaDeviceProp properties;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaGetDeviceProperties(&properties, device) != cudaSuccess) {
+    cudaGetLastError();  // else the next check finds it
+    return {};
+  }
+  return properties.name;
+}
+
 }  // namespace kestrel
