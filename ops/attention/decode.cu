@@ -159,9 +159,9 @@ DecodePlan decode_plan(const AttentionProblem& p, const DecodeHints& h) {
     return plan;
   }
   if (h.num_splits == 1 || (whole && (keys <= 4096 || blocks > 8 * sms))) {
-    const int64_t wanted = blocks < sms ? 12 : std::max<int64_t>(16 * sms / blocks, keys > 1024 ? 8 : 2);
-    plan.warps = warps(wanted, ceil_div(steps(), 2));
-    if (p.head_size == 128 && !narrow && blocks >= 3 * sms) plan.batches = 2, plan.warps = 2;
+    const int64_t wanted = std::max<int64_t>(16 * sms / blocks, keys > 1024 ? 8 : 2);
+    plan.warps = warps(std::min<int64_t>(wanted, by_heads ? 16 : 12), ceil_div(steps(), 2));
+    if (p.head_size == 128 && narrow != (blocks >= 3 * sms)) plan.batches = 2, plan.warps = narrow ? 4 : 2;
     return plan;
   }
   if (keys <= 2048) {
@@ -169,8 +169,9 @@ DecodePlan decode_plan(const AttentionProblem& p, const DecodeHints& h) {
     if (p.head_size == 128) plan.batches = 2;
     plan.splits = blocks <= 8 ? 16 : 8;
     while (plan.splits > 2 && (plan.splits * blocks > 2 * sms || plan.splits > steps())) plan.splits /= 2;
-    // A step for each warp; two where that makes more warps than start at once.
-    const int64_t needed = ceil_div(steps(), plan.splits * (plan.splits * blocks > sms && !narrow ? 2 : 1));
+    // A step for each warp, or two where that would make more warps than start at once.
+    const int64_t each = ceil_div(steps(), plan.splits),
+                  needed = each > 3 && plan.splits * blocks > sms ? each / 2 : each;
     plan.warps = needed > 4 ? 8 : needed > 2 ? 4 : 2;
     return plan;
   }
