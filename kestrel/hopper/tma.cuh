@@ -27,6 +27,11 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       : "memory");
 }
 
+// prefetch.tensormap: fetches the map itself, ahead of the first copy.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // cp.async.cg, 16 bytes: of those `valid` (0 or 16) are read and the others come as zero.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint32_t valid = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");

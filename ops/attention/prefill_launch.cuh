@@ -1,0 +1,71 @@
+// From the problem to a launch of the prefill kernel: the shape of the grid and the boxes of the copy engine.
+#pragma once
+
+#include <algorithm>
+
+#include "kestrel/tensor_map.h"
+#include "ops/attention/prefill_kernel.cuh"
+
+namespace kestrel::cuda {
+
+// How a launch spreads its work.
+struct PrefillShape {
+  int groups;   // of 64 queries in a block
+  bool paired;  // see PrefillArgs
+  bool turns;
+  bool persistent;  // a block on each SM takes several tiles of work; otherwise there is a block for each
+};
+
+inline int64_t row_tiles_of(const AttentionProblem& p, int groups) {
+  const int64_t rows = groups * kTileRows;
+  return ceil_div(p.q_len, rows) + (p.cu_seqlens_q ? p.batch : 0);  // each packed sequence may end with a part
+}
+
+inline CUtensorMap boxes_of(const void* data, DType dtype, int64_t columns, int64_t tokens, int64_t heads,
+                            int64_t batch, const AttentionStrides& stride, int box_columns) {
+  return tensor_map({dtype,
+                     data,
+                     {columns, std::max<int64_t>(tokens, 1), heads, batch},
+                     {1, stride.token, stride.head, stride.batch},
+                     {static_cast<uint32_t>(box_columns), kTileRows, 1, 1}});
+}
+
+template <class Tile>
+void launch_prefill(Stream stream, const AttentionProblem& p, const PrefillShape& shape) {
+  const DType dtype = dtype_of<typename Tile::T>;
+  const int64_t packed_q = p.cu_seqlens_q ? 1 : p.batch, packed_k = p.cu_seqlens_k ? 1 : p.batch;
+  const auto q = [&](int columns) {
+    return boxes_of(p.q, dtype, p.head_size, p.q_len, p.q_heads, packed_q, p.q_stride, columns);
+  };
+  const auto keys = [&](const void* data, const AttentionStrides& stride, int columns) {
+    return boxes_of(data, dtype, p.head_size, p.k_len, p.k_heads, packed_k, stride, columns);
+  };
+  PrefillArgs a{};
+  a.problem = p;
+  constexpr int64_t kFar = int64_t{1} << 30;  // past all keys
+  a.problem.window_left = std::min(p.window_left, kFar);
+  a.problem.window_right = std::min(p.window_right, kFar);
+  a.problem.prefix_len = std::min(p.prefix_len, kFar);
+  a.q = q(kPanelColumns), a.k = keys(p.k, p.k_stride, kPanelColumns), a.v = keys(p.v, p.v_stride, kPanelColumns);
+  if (Tile::kLastColumns != kPanelColumns) {
+    a.q_last = q(Tile::kLastColumns);
+    a.k_last = keys(p.k, p.k_stride, Tile::kLastColumns), a.v_last = keys(p.v, p.v_stride, Tile::kLastColumns);
+  }
+  const int64_t pairs = packed_q * p.q_heads, row_tiles = row_tiles_of(p, shape.groups);
+  const int64_t tiles = pairs * row_tiles;
+  // Keys and values of the heads that are worked on at a time: about half of L2.
+  const int64_t bytes = 2 * p.k_len * p.head_size * size_of(p.kv_dtype) * p.k_heads / p.q_heads;
+  a.section = static_cast<uint32_t>(std::clamp<int64_t>((int64_t{34} << 20) / std::max<int64_t>(bytes, 1), 1, pairs));
+  a.tiles = static_cast<uint32_t>(tiles), a.row_tiles = static_cast<uint32_t>(row_tiles);
+  a.heads = static_cast<uint32_t>(pairs);
+  a.by_section_tiles = Divider<uint32_t>(row_tiles * a.section), a.by_section = Divider<uint32_t>(a.section);
+  a.by_q_heads = Divider<uint32_t>(p.q_heads), a.by_group = Divider<uint32_t>(p.q_heads / p.k_heads);
+  a.groups = shape.groups, a.paired = shape.paired, a.turns = shape.turns && shape.groups > 1;
+  a.unclean = p.cu_seqlens_k || p.seqused_k;
+  const int64_t blocks = shape.persistent ? std::min<int64_t>(tiles, sm_count()) : tiles;
+  a.blocks = static_cast<uint32_t>(blocks);
+  launch<prefill_kernel<Tile>>(
+      stream, {blocks, (shape.groups + 1) * kGroupThreads, 1, static_cast<size_t>(Tile::kSharedBytes)}, a);
+}
+
+}  // namespace kestrel::cuda

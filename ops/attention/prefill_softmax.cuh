@@ -1,0 +1,114 @@
+// Online softmax (Milakov & Gimelshein 2018) of one thread's part of 64 queries by 64 keys, in powers of two. The
+// reference that is subtracted need not be the largest score: it follows only where a weight would pass 2^8, so that
+// most tiles need no rescaling (Zadouri et al. 2026, FlashAttention-4) and no maximum across threads, only a vote.
+#pragma once
+
+#include "kestrel/hopper/numeric.cuh"
+#include "kestrel/hopper/warp.cuh"
+#include "ops/attention/prefill_tile.h"
+
+namespace kestrel::cuda {
+
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kMostLog2 = 8.0f;       // a weight may come to 2^8
+constexpr float kNoReference = -1e30f;  // below every score, and finite
+constexpr int kScores = kTileRows / 2;  // of a thread: two rows, 16 pairs of columns each
+
+// The two rows of a thread: 0 and 8 below its first.
+struct Rows2 {
+  float reference[2] = {kNoReference, kNoReference};  // log2
+  float sum[2] = {0.0f, 0.0f};                        // of 2^(score - reference), over this thread's columns
+};
+
+// Scores as they come from the product, to those whose `scale` is positive: softcap, and scales that are not.
+struct Transform {
+  float softcap, scale;
+
+  __device__ __forceinline__ void operator()(float (&s)[kScores]) const {
+    // cap tanh(x / cap) = cap - 2 cap / (e^(2 x / cap) + 1)
+    const float factor = softcap > 0.0f ? scale * (2.0f * kLog2e / softcap) : scale;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      s[i] *= factor;
+      if (softcap > 0.0f) s[i] = fmaf(-2.0f * softcap, fast_reciprocal(fast_exp2(s[i]) + 1.0f), softcap);
+    }
+  }
+};
+
+// Columns outside [first, last) of the thread's rows, counted from its first column, get -inf.
+__device__ __forceinline__ void mask_scores(float (&s)[kScores], const int (&first)[2], const int (&last)[2]) {
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) {
+    const int row = i / 2 % 2, column = i / 4 * 8 + i % 2;
+    if (column < first[row] || column >= last[row]) s[i] = -INFINITY;
+  }
+}
+
+__device__ __forceinline__ float2 sums_of(const float (&s)[kScores]) {
+  float even[2] = {s[0], s[2]}, odd[2] = {s[1], s[3]};
+#pragma unroll
+  for (int i = 4; i < kScores; i += 4)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      even[r] += s[i + 2 * r];
+      odd[r] += s[i + 2 * r + 1];
+    }
+  return {even[0] + odd[0], even[1] + odd[1]};
+}
+
+// Sees to it that no weight will pass 2^8. Returns whether what was summed before must shrink, by `shrink`.
+__device__ __forceinline__ bool raise_reference(const float (&s)[kScores], Rows2& rows, float (&shrink)[2],
+                                                float scale) {
+  float top[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    top[r] = fmaxf(s[2 * r], s[2 * r + 1]);
+#pragma unroll
+    for (int i = 4; i < kScores; i += 4) top[r] = fmaxf(top[r], fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
+  }
+  const bool rose = __any_sync(~0u, fmaf(top[0], scale, -rows.reference[0]) > kMostLog2 ||
+                                        fmaf(top[1], scale, -rows.reference[1]) > kMostLog2);
+  if (rose) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float t = fmaxf(top[r], shuffle_xor(top[r], 1));
+      t = fmaxf(t, shuffle_xor(t, 2)) * scale;
+      t = fmaxf(t, rows.reference[r]);
+      shrink[r] = fast_exp2(rows.reference[r] - t);
+      rows.reference[r] = t;
+      rows.sum[r] *= shrink[r];
+    }
+  }
+  return rose;
+}
+
+// Scores into weights 2^(score scale - reference). Returns the thread's part of the rows' sums.
+template <bool kSum>
+__device__ __forceinline__ float2 weigh(float (&s)[kScores], const Rows2& rows, float scale, bool sum) {
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) s[i] = fast_exp2(fmaf(s[i], scale, -rows.reference[i / 2 % 2]));
+  return kSum || sum ? sums_of(s) : float2{0.0f, 0.0f};
+}
+
+// The first operand of the product with the values.
+template <class T>
+__device__ __forceinline__ void pack_weights(uint32_t (&p)[kTileRows / 16][4], const float (&s)[kScores]) {
+#pragma unroll
+  for (int step = 0; step < kTileRows / 16; ++step)
+#pragma unroll
+    for (int r = 0; r < 4; ++r) p[step][r] = from_float2<T>(s[8 * step + 2 * r], s[8 * step + 2 * r + 1]);
+}
+
+// Has any weight of the warp passed 2^8, or overflowed? NaN has not.
+template <class T>
+__device__ __forceinline__ bool passed(const uint32_t (&p)[kTileRows / 16][4]) {
+  using Pair = std::conditional_t<dtype_of<T> == DType::kBF16, __nv_bfloat162, __half2>;
+  constexpr uint32_t kLimit = dtype_of<T> == DType::kBF16 ? 0x4380 : 0x5c00;
+  Pair top = reinterpret_cast<const Pair&>(p[0][0]);
+#pragma unroll
+  for (int i = 1; i < kTileRows / 4; ++i) top = __hmax2(top, reinterpret_cast<const Pair&>(p[i / 4][i % 4]));
+  const uint32_t bits = reinterpret_cast<const uint32_t&>(top);
+  return __any_sync(~0u, bits > (kLimit << 16 | 0xffff) || (bits & 0xffff) > kLimit);
+}
+
+}  // namespace kestrel::cuda
