@@ -112,7 +112,7 @@ def random(shape: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> np.ndar
     return np.random.default_rng(seed).standard_normal(shape) * scale
 
 
-def assert_close(actual: np.ndarray, expected: np.ndarray, dtype: str, slack: float = 0.0) -> None:
+def assert_close(actual: np.ndarray, expected: np.ndarray, dtype: str, slack: float | np.ndarray = 0.0) -> None:
     """Equal to float64 `expected` but for one rounding to dtype (and `slack`, absolute, for sums of many terms)."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape

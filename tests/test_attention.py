@@ -99,16 +99,23 @@ class Case:
         out, lse = b.numpy(out), b.numpy(lse)
         return [(out[i:j], lse[:, i:j]) for i, j in itertools.pairwise(starts_q)]
 
-    def check(self, b: Backend) -> None:
+    def check(self, b: Backend, kernel: str | None = None) -> None:
         results = self.run(b)
+        ran = cute.last_kernel()
+        assert ran == kernel if kernel else ran == "cpu" if b.device == "cpu" else ran.startswith("FlashAttention")
+        # Tensor cores take weights of 16 bits: each is off by half a unit in its last place, and so may be their sum.
+        in_half = "float16" in (self.dtype, self.kv_dtype) or self.kv_dtype == "float8_e4m3fn"
+        unit = 0.0 if ran in ("cpu", "FlashAttentionPlain") else 2.0**-11 if in_half else 2.0**-8
         for i, (out, lse) in enumerate(results):
             options = dict(self.options)
             if isinstance(options.get("prefix_len"), list):
                 options["prefix_len"] = options["prefix_len"][i]
             want, want_lse = attend(self.q[i], self.k[i], self.v[i], **options)
-            assert_close(out, want, self.dtype, slack=SLACK * self.options.get("v_scale", 1.0))
-            assert_close(lse, want_lse, "float32", slack=5e-6)
-        assert cute.last_kernel() == ("cpu" if b.device == "cpu" else "FlashAttentionPlain")
+            slack = SLACK * self.options.get("v_scale", 1.0)
+            if unit:
+                slack = slack + unit * attend(self.q[i], self.k[i], abs(self.v[i]), **options)[0]
+            assert_close(out, want, self.dtype, slack=slack)
+            assert_close(lse, want_lse, "float32", slack=5e-6 + 1e-6 * self.options.get("softcap", 0.0))
 
 
 FEATURES: dict[str, dict[str, Any]] = {
@@ -210,7 +217,7 @@ def test_long_causal(backend: Backend) -> None:
 
 
 def test_alone_or_in_a_batch(backend: Backend) -> None:
-    """A decode step gives the bits that the whole prompt gave, dense or paged, alone or not."""
+    """A decode step gives what the whole prompt gave, dense or paged, alone or not; on the CPU bit for bit."""
     k, v = (backend.array(random((3, 190, 2, 64), seed), "bfloat16") for seed in (1, 2))
     q = backend.array(random((3, 190, 6, 64), 3), "bfloat16")
     whole, lse = cute.flash_attn_func(q, k, v, causal=True, return_lse=True)
@@ -221,8 +228,11 @@ def test_alone_or_in_a_batch(backend: Backend) -> None:
             q[1:2, row : row + 1], k[1][:, None], v[1][:, None], table, used, causal=True, return_lse=True,
             batch_invariant=True, fresh_tokens=1, num_splits=3, max_seqlen_k=190,
         )  # fmt: skip
-        assert np.array_equal(backend.bits(step)[0, 0], backend.bits(whole)[1, row])
-        assert np.array_equal(backend.bits(step_lse)[0, :, 0], backend.bits(lse)[1, :, row])
+        if backend.device == "cpu":
+            assert np.array_equal(backend.bits(step)[0, 0], backend.bits(whole)[1, row])
+            assert np.array_equal(backend.bits(step_lse)[0, :, 0], backend.bits(lse)[1, :, row])
+        assert_close(backend.numpy(step)[0, 0], backend.numpy(whole)[1, row], "bfloat16", slack=2.0**-6)
+        assert_close(backend.numpy(step_lse)[0, :, 0], backend.numpy(lse)[1, :, row], "float32", slack=5e-6)
 
 
 @pytest.mark.parametrize("seers, options", [

@@ -16,6 +16,7 @@ KESTREL_CPU_TWIN(attention, void(const kestrel::AttentionProblem& problem));
 
 namespace kestrel {
 namespace cuda {
+bool attention_prefill(Stream stream, const AttentionProblem& problem);
 void attention(Stream stream, const AttentionProblem& problem);
 }
 
@@ -210,6 +211,10 @@ void attention(Stream stream, Tensor out, std::optional<Tensor> lse, Tensor q, T
   if (c.on_cpu()) return cpu::attention(p);
   if constexpr (kHasCuda) {
     DeviceGuard guard(q.device);
+    if (cuda::attention_prefill(stream, p)) {
+      last_kernel = "FlashAttentionFwd";
+      return;
+    }
     cuda::attention(stream, p);
   }
 }

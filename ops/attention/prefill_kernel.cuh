@@ -9,26 +9,24 @@
 #include "kestrel/hopper/vec.cuh"
 #include "kestrel/hopper/wgmma.cuh"
 #include "kestrel/launch.h"
-#include "ops/attention/prefill_load.cuh"
+#include "ops/attention/prefill_rows.cuh"
 #include "ops/attention/prefill_softmax.cuh"
 
 namespace kestrel::cuda {
 
-// A descriptor `bytes` further, with its second field less by `back`: both stand in the low word.
-__device__ __forceinline__ uint64_t further(uint64_t descriptor, uint32_t bytes, uint32_t back = 0) {
-  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4) - back;
-  return descriptor >> 32 << 32 | low;
-}
+__device__ __forceinline__ bool unlikely(bool value) { return __builtin_expect(value, false); }
 
 // One group's accumulators and its places in the rings.
 template <class Tile>
 struct Group {
   static constexpr int kOut = Tile::kOutColumns / 2;
   using T = typename Tile::T;
+  using Out = typename Tile::Out;
 
   const PrefillArgs& a;
   const PrefillShared<Tile> shared;
   const int index, thread;  // group of the block, thread of the group
+  const int next_turn;
   uint32_t next = 0;   // tile of keys: its place in both rings
   uint32_t plans = 0;  // tiles of work done
 
@@ -42,7 +40,7 @@ struct Group {
     if (a.turns) sync_threads(1 + index, 2 * kGroupThreads);
   }
   __device__ __forceinline__ void pass_turn() const {
-    if (a.turns) arrive_threads(index + 1 == a.groups ? 1 : 2 + index, 2 * kGroupThreads);
+    if (a.turns) arrive_threads(next_turn, 2 * kGroupThreads);
   }
   __device__ __forceinline__ void release(uint32_t barrier) const {
     if (thread == 0) arrive(barrier);
@@ -71,13 +69,11 @@ struct Group {
   }
 
   __device__ __forceinline__ void issue_scores(float (&s)[kScores], Stage at) const {
-    uint32_t query = shared.query(slot(), index);
-    compute_now(query);  // or its descriptors would take registers throughout the loop
-    const uint64_t q = k_major(query), k = k_major(shared.keys(at.stage()));
+    const uint64_t q = k_major(shared.query(slot(), index)), k = k_major(shared.keys(at.stage()));
 #pragma unroll
     for (int step = 0; step < Tile::kSteps; ++step) {
       const uint32_t bytes = step / 4 * kPanelBytes + step % 4 * 32;
-      wgmma<T, kTileRows>(s, further(q, bytes), further(k, bytes), step > 0);
+      wgmma<T, kTileRows>(s, advance(q, bytes), advance(k, bytes), step > 0);
     }
     wgmma_commit();
   }
@@ -86,10 +82,10 @@ struct Group {
     const uint32_t values = shared.values(at.stage());
     // The panel of ones stays where it is while the values' descriptor moves on.
     const uint64_t v = mn_major(values, Tile::kOnesPanel ? shared.ones() - values : kPanelBytes);
-    constexpr uint32_t kStep = 2048, kBack = Tile::kOnesPanel ? kStep << 16 : 0;
+    constexpr uint64_t kStep = 2048 >> 4, kBack = Tile::kOnesPanel ? kStep << 16 : 0;
 #pragma unroll
     for (int step = 0; step < kTileRows / 16; ++step)
-      wgmma<T, Tile::kOutColumns, true>(o, p[step], further(v, step * kStep, step * (kBack >> 4)), true);
+      wgmma<T, Tile::kOutColumns, true>(o, p[step], v + step * (kStep - kBack), true);
     wgmma_commit();
   }
 
@@ -128,6 +124,39 @@ struct Group {
     sync();
   }
 
+  // Rows that asynchronous copies have brought, unlike boxes, are seen by wgmma after a fence of the reader's alone.
+  __device__ __forceinline__ void see_copies() const {
+    if constexpr (Tile::kSource == KeySource::kRows) fence_shared_writes();
+  }
+
+  // Queries for f16 products. Those of bf16 that f16 cannot hold are far from usual: they stay at its largest number.
+  __device__ __forceinline__ void convert_queries(const Plan& plan) const {
+    const AttentionProblem& p = a.problem;
+    constexpr int kChunks = Tile::kHead / 8;
+    const int count = plan.s.q_len - plan.row[index], chunks = static_cast<int>(p.head_size) / 8;
+    const Out* from =
+        static_cast<const Out*>(p.q) + p.q_stride.at(plan.q_batch, plan.s.q_first + plan.row[index], plan.head);
+    for (int i = thread; i < kTileRows * kChunks; i += kGroupThreads) {
+      const int line = i / kChunks, chunk = i % kChunks;
+      Vec<Out, 8> v{};
+      if (line < count && chunk < chunks) v = load<8>(from + line * p.q_stride.token + chunk * 8);
+      if constexpr (!std::is_same_v<Out, T>) {
+        float values[8];
+        to_floats(v, values);
+#pragma unroll
+        for (float& x : values) x = fabsf(x) > 65504.0f ? copysignf(65504.0f, x) : x;  // NaN stays
+        const Vec<T, 8> halves = from_floats<T>(values);
+        store_shared(shared.query(slot(), index) + tile_offset(line, chunk),
+                     {halves.words[0], halves.words[1], halves.words[2], halves.words[3]});
+      } else {
+        store_shared(shared.query(slot(), index) + tile_offset(line, chunk),
+                     {v.words[0], v.words[1], v.words[2], v.words[3]});
+      }
+    }
+    fence_shared_writes();
+    sync();
+  }
+
   __device__ __forceinline__ void attend(const Plan& plan) {
     const AttentionProblem& p = a.problem;
     const int first = warp_uniform(plan.first), last = warp_uniform(plan.last);
@@ -147,7 +176,8 @@ struct Group {
       int from[2], to[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const Range range = visible(p, plan.s.q_len, plan.s.k_len, plan.s.prefix, plan.row[index] + row_of(lane) + 8 * r);
+        const Range range =
+            visible(p, plan.s.q_len, plan.s.k_len, plan.s.prefix, plan.row[index] + row_of(lane) + 8 * r);
         from[r] = range.first - tile * kTileRows - column_of(lane);
         to[r] = range.last - tile * kTileRows - column_of(lane);
       }
@@ -158,8 +188,10 @@ struct Group {
     for (; tile >= mine.last; --tile) skip(true);
 #pragma unroll
     for (int i = 0; i < kOut; ++i) o[i] = 0.0f;
+    if constexpr (Tile::kSource == KeySource::kE4m3Rows) convert_queries(plan);
     const Stage k_at{next++};
     wait_keys(k_at);
+    see_copies();
     wgmma_fence();
     issue_scores(s, k_at);
     wgmma_wait<0>();
@@ -173,10 +205,12 @@ struct Group {
     pack_weights<T>(weights, s);
     if (a.unclean && (tile + 1) * kTileRows > plan.s.k_len) clean_values(plan.s.k_len - tile * kTileRows, k_at);
 
-    const auto step = [&](auto masked) {
+    for (--tile; tile >= mine.first; --tile) {
+      const bool masked = tile >= mine.clear_last || tile < mine.clear_first;
       const Stage v_at{next - 1}, k_at{next++};
       wait_keys(k_at);
       wait_values(v_at);
+      see_copies();
       wait_turn();
       wgmma_fence();
       issue_scores(s, k_at);
@@ -184,27 +218,36 @@ struct Group {
       pass_turn();
       wgmma_wait<1>();
       if constexpr (!Tile::kBets) release_keys(k_at);
-      if (transforms) transform(s);
-      if constexpr (decltype(masked)::value) mask(tile);
+      if (unlikely(transforms)) transform(s);
+      if (unlikely(masked)) mask(tile);
       bool rose = false;
       if constexpr (Tile::kBets) {
+        // The bet is that no weight passes 2^8. Whether it was won shows on packed weights, at half the cost of looking
+        // for the largest score.
         if constexpr (Tile::kEarly) wgmma_wait<0>();
         const float2 sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
         if constexpr (!Tile::kEarly) wgmma_wait<0>();
         release_values(v_at);
         pack_weights<T>(weights, s);
-        if (passed<T>(weights)) {
-          score_again(s, k_at);
-          if (transforms) transform(s);
-          mask(tile);
-          rose = raise_reference(s, rows, shrink, scale);
-          const float2 again = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
-          rows.sum[0] += again.x;
-          rows.sum[1] += again.y;
-          pack_weights<T>(weights, s);
-        } else {
-          rows.sum[0] += sums.x;
-          rows.sum[1] += sums.y;
+        rows.sum[0] += sums.x;
+        rows.sum[1] += sums.y;
+        const uint2 largest = largest_weights<T>(weights);
+        rose = any_above<WeightBits<T>::kLimit>(largest);
+        if (unlikely(rose)) {
+          if (unlikely(any_above<WeightBits<T>::kInfinity - 1>(largest))) {
+            rows.sum[0] -= sums.x;
+            rows.sum[1] -= sums.y;
+            score_again(s, k_at);
+            if (transforms) transform(s);
+            if (masked) mask(tile);
+            raise_reference(s, rows, shrink, scale);
+            const float2 again = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
+            rows.sum[0] += again.x;
+            rows.sum[1] += again.y;
+            pack_weights<T>(weights, s);
+          } else {
+            lower_weights<T>(weights, largest, rows, shrink);
+          }
         }
         release_keys(k_at);
       } else {
@@ -217,18 +260,14 @@ struct Group {
         release_values(v_at);
         pack_weights<T>(weights, s);
       }
-      if (rose) {
+      if (unlikely(rose)) {
 #pragma unroll
         for (int i = 0; i < kOut; ++i) o[i] *= shrink[i / 2 % 2];
       }
-    };
-    --tile;
-    while (tile >= mine.first) {
-      for (; tile >= mine.first && (tile >= mine.clear_last || tile < mine.clear_first); --tile) step(std::true_type{});
-      for (; tile >= mine.clear_first && tile < mine.clear_last; --tile) step(std::false_type{});
     }
     const Stage v_at{next - 1};
     wait_values(v_at);
+    see_copies();
     wgmma_fence();
     issue_values(o, weights, v_at);
     wgmma_wait<0>();
@@ -253,8 +292,8 @@ struct Group {
     return to_float(static_cast<const f16*>(p.sink)[head]);
   }
 
-  __device__ __forceinline__ void finish(const Plan& plan, const Rows2& rows, float (&o)[kOut],
-                                         const float (&total)[2], const float (&exact)[2]) {
+  __device__ __forceinline__ void finish(const Plan& plan, const Rows2& rows, float (&o)[kOut], const float (&total)[2],
+                                         const float (&exact)[2]) {
     const AttentionProblem& p = a.problem;
     const float v_scale = p.v_scale_at ? *p.v_scale_at : p.v_scale;
     const float sink = p.sink ? sink_of(plan.head) * kLog2e : -INFINITY;
@@ -284,24 +323,24 @@ struct Group {
 #pragma unroll
     for (int j = 0; j < Tile::kHead / 16; ++j) {
       const int line = 16 * warp() + lane % 16, chunk = 2 * j + lane / 16;
-      store_matrices(place + chunk / 8 * kPanelBytes + line * 128 + (chunk % 8 ^ line % 8) * 16,
-                     from_float2<T>(o[8 * j], o[8 * j + 1]), from_float2<T>(o[8 * j + 2], o[8 * j + 3]),
-                     from_float2<T>(o[8 * j + 4], o[8 * j + 5]), from_float2<T>(o[8 * j + 6], o[8 * j + 7]));
+      store_matrices(place + tile_offset(line, chunk), from_float2<Out>(o[8 * j], o[8 * j + 1]),
+                     from_float2<Out>(o[8 * j + 2], o[8 * j + 3]), from_float2<Out>(o[8 * j + 4], o[8 * j + 5]),
+                     from_float2<Out>(o[8 * j + 6], o[8 * j + 7]));
     }
     if constexpr (Tile::kHead % 16 != 0) {
       constexpr int kLast = Tile::kHead / 8 - 1, kAt = Tile::kHead / 16 * 8;
       const int line = 16 * warp() + lane % 16;
-      store_matrices(place + kLast / 8 * kPanelBytes + line * 128 + (kLast % 8 ^ line % 8) * 16,
-                     from_float2<T>(o[kAt], o[kAt + 1]), from_float2<T>(o[kAt + 2], o[kAt + 3]));
+      store_matrices(place + tile_offset(line, kLast), from_float2<Out>(o[kAt], o[kAt + 1]),
+                     from_float2<Out>(o[kAt + 2], o[kAt + 3]));
     }
     __syncwarp();
     constexpr int kChunks = Tile::kHead / 8;  // of 16 bytes, in a line
     const int columns = static_cast<int>(p.head_size);
-    T* out = static_cast<T*>(p.out) + p.out_stride.at(plan.q_batch, plan.s.q_first + first_query, plan.head);
+    Out* out = static_cast<Out*>(p.out) + p.out_stride.at(plan.q_batch, plan.s.q_first + first_query, plan.head);
 #pragma unroll
     for (int i = lane; i < 16 * kChunks; i += 32) {
       const int line = 16 * warp() + i / kChunks, chunk = i % kChunks;
-      const uint4 v = load_shared(place + chunk / 8 * kPanelBytes + line * 128 + (chunk % 8 ^ line % 8) * 16);
+      const uint4 v = load_shared(place + tile_offset(line, chunk));
       if (first_query + line < queries && chunk * 8 < columns)
         *reinterpret_cast<uint4*>(out + line * p.out_stride.token + chunk * 8) = v;
     }
@@ -312,7 +351,7 @@ struct Group {
     const AttentionProblem& p = a.problem;
     const int first_query = plan.row[index];
     const int count = min(plan.s.q_len - first_query, kTileRows), chunks = p.head_size / 8;
-    T* out = static_cast<T*>(p.out) + p.out_stride.at(plan.q_batch, plan.s.q_first + first_query, plan.head);
+    Out* out = static_cast<Out*>(p.out) + p.out_stride.at(plan.q_batch, plan.s.q_first + first_query, plan.head);
     for (int i = thread; i < count * chunks; i += kGroupThreads)
       *reinterpret_cast<uint4*>(out + i / chunks * p.out_stride.token + i % chunks * 8) = uint4{0, 0, 0, 0};
     if (p.lse && thread < count)
@@ -323,8 +362,8 @@ struct Group {
 
 template <class Tile>
 __device__ __forceinline__ void run_group(const PrefillArgs& a, const PrefillShared<Tile>& shared) {
-  Group<Tile> group{a, shared, warp_uniform(static_cast<int>(threadIdx.x / kGroupThreads)),
-                    static_cast<int>(threadIdx.x % kGroupThreads)};
+  const int index = warp_uniform(static_cast<int>(threadIdx.x / kGroupThreads));
+  Group<Tile> group{a, shared, index, static_cast<int>(threadIdx.x % kGroupThreads), (index + 1) % a.groups + 1};
   if (a.turns && group.index + 1 == a.groups) arrive_threads(1, 2 * kGroupThreads);
   for (;;) {
     const Place<Tile::kQuerySlots> slot{group.plans};
@@ -351,7 +390,8 @@ __device__ __forceinline__ void fill_constants(const PrefillShared<Tile>& shared
   constexpr uint32_t kOne = dtype_of<typename Tile::T> == DType::kBF16 ? 0x3f803f80 : 0x3c003c00;
   const uint4 kOnes = {kOne, kOne, kOne, kOne}, kZeros = {0, 0, 0, 0};
   if constexpr (Tile::kOnesPanel) {
-    for (uint32_t i = threadIdx.x; i < Tile::kOnesBytes / 16; i += blockDim.x) store_shared(shared.ones() + 16 * i, kOnes);
+    for (uint32_t i = threadIdx.x; i < Tile::kOnesBytes / 16; i += blockDim.x)
+      store_shared(shared.ones() + 16 * i, kOnes);
   } else if constexpr (Tile::kHead % 16 != 0) {
     constexpr int kChunk = Tile::kLastColumns / 8, kPanel = (Tile::kPanels - 1) * kPanelBytes;
     const auto fill = [&](uint32_t tile, uint4 v) {
@@ -373,10 +413,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) prefill_kernel(const __grid
   const uint32_t aligned = (shared_address(memory) + 1023) & ~1023u;
   const PrefillShared<Tile> shared{memory + (aligned - shared_address(memory)), aligned};
   const int groups = a.groups;
+  // Who says that a tile is there: the copy engine, each copying thread, or each converting warp.
+  constexpr int kFull = Tile::kBoxes ? 1 : Tile::kSource == KeySource::kRows ? kGroupThreads : kGroupThreads / 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kStages; ++i) {
-      init_barrier(shared.keys_full(i), 1);
-      init_barrier(shared.values_full(i), 1);
+      init_barrier(shared.keys_full(i), kFull);
+      init_barrier(shared.values_full(i), kFull);
       init_barrier(shared.keys_empty(i), 4 * groups);
       init_barrier(shared.values_empty(i), groups);
     }
@@ -390,13 +432,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) prefill_kernel(const __grid
   fence_shared_writes();
   __syncthreads();
   if (static_cast<int>(threadIdx.x) < groups * kGroupThreads) {
-    take_registers<Tile::kRegisters>();
+    if constexpr (Tile::kRegisters > Tile::kLoaderRegisters) take_registers<Tile::kRegisters>();
     wait_for_predecessor();
     release_successor();
     run_group<Tile>(a, shared);
   } else {
-    leave_registers<Tile::kLoaderRegisters>();
-    if (static_cast<int>(threadIdx.x) < groups * kGroupThreads + 32) load_by_boxes<Tile>(a, shared);
+    if constexpr (Tile::kRegisters > Tile::kLoaderRegisters) leave_registers<Tile::kLoaderRegisters>();
+    if constexpr (Tile::kBoxes) {
+      if (static_cast<int>(threadIdx.x) < groups * kGroupThreads + 32) load_by_boxes<Tile>(a, shared);
+    } else {
+      load_by_rows<Tile>(a, shared);
+    }
     wait_for_predecessor();
     release_successor();
   }

@@ -49,41 +49,62 @@ struct PrefillShared {
   }
 };
 
+// Where 8 columns of a row lie in a tile: see tensor_map.h.
+__device__ __forceinline__ uint32_t tile_offset(int row, int chunk) {
+  return chunk / 8 * kPanelBytes + row * 128 + (chunk % 8 ^ row % 8) * 16;
+}
+
 // Rows from `row` on of one head, as panels; what lies past the tensor comes as zeros.
 template <class Tile>
 __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, const CUtensorMap* last, int row,
                                           int head, int batch, uint32_t barrier) {
 #pragma unroll
   for (int panel = 0; panel < Tile::kPanels; ++panel)
-    copy_box(to + panel * kPanelBytes,
-             panel + 1 < Tile::kPanels || Tile::kLastColumns == kPanelColumns ? map : last, panel * kPanelColumns, row,
-             head, batch, barrier);
+    copy_box(to + panel * kPanelBytes, panel + 1 < Tile::kPanels || Tile::kLastColumns == kPanelColumns ? map : last,
+             panel * kPanelColumns, row, head, batch, barrier);
+}
+
+// Hands a plan to the groups, with their queries where the copy engine can bring them. By the whole warp, a lane for
+// each group.
+template <class Tile>
+__device__ __forceinline__ void load_queries(const PrefillArgs& a, const PrefillShared<Tile>& shared, const Plan& plan,
+                                             uint32_t slot) {
+  const uint32_t full = shared.query_full(slot);
+  const int lane = threadIdx.x % 32;
+  const bool boxes = Tile::kSource != KeySource::kE4m3Rows && plan.head >= 0 && plan.first < plan.last;
+  if (lane == 0) boxes ? arrive_expecting(full, a.groups * (Tile::kHead / 8 * 16 * kTileRows)) : arrive(full);
+  if (boxes && lane < a.groups)
+    load_tile<Tile>(shared.query(slot, lane), &a.q, &a.q_last, plan.s.q_first + plan.row[lane], plan.head, plan.q_batch,
+                    full);
 }
 
 template <class Tile>
 __device__ __forceinline__ void load_by_boxes(const PrefillArgs& a, const PrefillShared<Tile>& shared) {
   constexpr uint32_t kBytes = Tile::kHead / 8 * 16 * kTileRows;
   const bool leader = threadIdx.x % 32 == 0;
-  uint32_t next = 0, plans = 0;  // tiles of keys, and of work, that are under way
   prefetch_map(&a.q);
   prefetch_map(&a.k);
   prefetch_map(&a.v);
+  Planner planner;
   wait_for_predecessor();
   release_successor();
-  // Blocks take tiles back and forth, so that long and short ones come together: block i of G has i, 2 G - 1 - i, ...
-  uint32_t step = 2 * (a.blocks - blockIdx.x) - 1;
+  uint32_t next = 0;  // tile of keys: its place in both rings
 #pragma unroll 1
-  for (uint32_t index = blockIdx.x; index < a.tiles; index += step, step = 2 * a.blocks - step) {
-    const Work w = work_of(a, index);
-    if (w.tiles == 0) continue;
-    const Place<Tile::kQuerySlots> slot{plans++};
+  for (uint32_t n = 0;; ++n) {
+    const Place<Tile::kQuerySlots> slot{n};
     wait_barrier(shared.query_empty(slot.stage()), slot.parity() ^ 1);
-    const Plan& plan = *shared.plan(slot.stage());
-    write_plan(a, w, shared.plan(slot.stage()));
+    Plan& plan = *shared.plan(slot.stage());
+    Work w;
+    const bool more = planner.next(a, &w, &plan);
+    if (more) {
+      write_plan(a, w, &plan);
+    }
+    __syncwarp();
+    if (!more && leader) plan.head = -1;
+    __syncwarp();
+    load_queries<Tile>(a, shared, plan, slot.stage());
     if (leader) {
-      const uint32_t q_full = shared.query_full(slot.stage());
-      const int last = plan.last, count = last - plan.first;
-      if (count == 0) arrive(q_full);
+      const int last = plan.last, count = more ? last - plan.first : 0;
       const auto load_keys = [&](int i) {
         const Place<Tile::kStages> place{next + i};
         const uint32_t full = shared.keys_full(place.stage());
@@ -92,14 +113,7 @@ __device__ __forceinline__ void load_by_boxes(const PrefillArgs& a, const Prefil
         load_tile<Tile>(shared.keys(place.stage()), &a.k, &a.k_last, plan.s.k_first + (last - 1 - i) * kTileRows,
                         plan.k_head, plan.k_batch, full);
       };
-      if (count > 0) {
-        arrive_expecting(q_full, a.groups * kBytes);
-        load_keys(0);
-      }
-#pragma unroll 1
-      for (int group = 0; count > 0 && group < a.groups; ++group)
-        load_tile<Tile>(shared.query(slot.stage(), group), &a.q, &a.q_last, plan.s.q_first + plan.row[group], plan.head,
-                        plan.q_batch, q_full);
+      if (count > 0) load_keys(0);
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
         if (i + 1 < count) load_keys(i + 1);
@@ -112,13 +126,8 @@ __device__ __forceinline__ void load_by_boxes(const PrefillArgs& a, const Prefil
       }
       next += count;
     }
+    if (!more) return;
     __syncwarp();
-  }
-  const Place<Tile::kQuerySlots> slot{plans};
-  wait_barrier(shared.query_empty(slot.stage()), slot.parity() ^ 1);
-  if (leader) {
-    shared.plan(slot.stage())->head = -1;
-    arrive(shared.query_full(slot.stage()));
   }
 }
 

@@ -46,8 +46,24 @@ __device__ __forceinline__ Range visible(const AttentionProblem& p, int q_len, i
 // Some queries of one head: one tile of rows for each group.
 struct Work {
   Lengths s;
-  int head, batch;
+  int batch;
   int tile, tiles;  // among those of its sequence; tiles = 0: nothing to do
+};
+
+// Tiles of keys, [first, last); all rows see all keys of those in [clear_first, clear_last).
+struct KeyTiles {
+  int first, last, clear_first, clear_last;
+};
+
+// A tile of work as the loader tells it to the groups, through shared memory.
+struct Plan {
+  int head;  // -1: no more work
+  int k_head, q_batch, k_batch;
+  Lengths s;
+  int first, last;          // tiles of keys that any group needs
+  int first_key, last_key;  // and keys
+  int row[kMostGroups];     // each group's first query
+  KeyTiles keys[kMostGroups];
 };
 
 // Finds the sequence of tile `tile` of the packed ones, each of which has ceil(length / rows) of them: the whole warp,
@@ -78,8 +94,8 @@ __device__ __forceinline__ bool find_sequence_of_tile(const AttentionProblem& p,
   return false;
 }
 
-// Late rows see the most keys when there is a causal mask: they come first.
-__device__ __forceinline__ Work work_of(const PrefillArgs& a, uint32_t index) {
+// Late rows see the most keys when there is a causal mask: they come first. The head goes straight to the plan.
+__device__ __forceinline__ Work work_of(const PrefillArgs& a, uint32_t index, Plan* plan) {
   const AttentionProblem& p = a.problem;
   Work w;
   uint32_t section, rest, tile, at;
@@ -92,7 +108,7 @@ __device__ __forceinline__ Work work_of(const PrefillArgs& a, uint32_t index) {
   }
   uint32_t b, head;
   a.by_q_heads(first + at, &b, &head);
-  w.head = head;
+  plan->head = head;
   if (p.cu_seqlens_q) {
     w.tiles = 0;
     if (!find_sequence_of_tile(p, a.groups * kTileRows, tile, &w)) return w;
@@ -106,6 +122,22 @@ __device__ __forceinline__ Work work_of(const PrefillArgs& a, uint32_t index) {
   return w;
 }
 
+// Gives a block its tiles of work, back and forth, so that long and short ones come together: block i of G has i,
+// 2 G - 1 - i, 2 G + i, ...
+struct Planner {
+  uint32_t round = 0;
+
+  __device__ __forceinline__ bool next(const PrefillArgs& a, Work* w, Plan* plan) {
+    for (;;) {
+      const uint32_t index = round * a.blocks + (round % 2 ? a.blocks - 1 - blockIdx.x : blockIdx.x);
+      if (index >= a.tiles) return false;
+      ++round;
+      *w = work_of(a, index, plan);
+      if (w->tiles > 0) return true;
+    }
+  }
+};
+
 // The first query of a group. Paired, group 0 has the longest rows and the last group the shortest.
 __device__ __forceinline__ int first_row(const PrefillArgs& a, const Work& w, int group) {
   int tile = w.tile * a.groups + group;
@@ -117,53 +149,40 @@ __device__ __forceinline__ int first_row(const PrefillArgs& a, const Work& w, in
   return tile * kTileRows;
 }
 
-// Tiles of keys, [first, last); all rows see all keys of those in [clear_first, clear_last).
-struct KeyTiles {
-  int first, last, clear_first, clear_last;
-};
-
-__device__ __forceinline__ KeyTiles key_tiles(const AttentionProblem& p, const Lengths& s, int row) {
+// `keys`: those that the group's rows see, from the first to the last.
+__device__ __forceinline__ KeyTiles key_tiles(const AttentionProblem& p, const Lengths& s, int row, Range* keys) {
+  *keys = {0x7fffffff, 0};
   const int end = min(row + kTileRows, s.q_len);
   if (row >= end) return {0, 0, 0, 0};
   const Range top = visible(p, s.q_len, s.k_len, s.prefix, row);
   const Range bottom = visible(p, s.q_len, s.k_len, s.prefix, end - 1);
   if (top.first >= bottom.last) return {0, 0, 0, 0};
+  *keys = {top.first, bottom.last};
   return {top.first / kTileRows, (bottom.last + kTileRows - 1) / kTileRows, (bottom.first + kTileRows - 1) / kTileRows,
           top.last / kTileRows};
 }
 
-// A tile of work as the loader tells it to the groups, through shared memory.
-struct Plan {
-  int head;  // -1: no more work
-  int k_head, q_batch, k_batch;
-  Lengths s;
-  int first, last;       // tiles of keys that any group needs
-  int row[kMostGroups];  // each group's first query
-  KeyTiles keys[kMostGroups];
-};
-
 // By the whole warp, a lane for each group.
 __device__ __forceinline__ void write_plan(const PrefillArgs& a, const Work& w, Plan* plan) {
   const int group = threadIdx.x % 32;
-  KeyTiles mine{0, 0, 0, 0};
+  Range keys{0x7fffffff, 0};
   if (group < a.groups) {
     const int row = first_row(a, w, group);
-    mine = key_tiles(a.problem, w.s, row);
     plan->row[group] = row;
-    plan->keys[group] = mine;
+    plan->keys[group] = key_tiles(a.problem, w.s, row, &keys);
   }
-  const bool any = mine.first < mine.last;
-  const int first = __reduce_min_sync(~0u, any ? mine.first : 0x7fffffff), last = __reduce_max_sync(~0u, mine.last);
+  const int last = __reduce_max_sync(~0u, keys.last), first = min(__reduce_min_sync(~0u, keys.first), last);
   if (group == 0) {
-    plan->head = w.head;
     uint32_t k_head, member;
-    a.by_group(w.head, &k_head, &member);
+    a.by_group(plan->head, &k_head, &member);
     plan->k_head = k_head;
     plan->q_batch = a.problem.cu_seqlens_q ? 0 : w.batch;
     plan->k_batch = a.problem.cu_seqlens_k ? 0 : w.batch;
     plan->s = w.s;
-    plan->first = min(first, last);
-    plan->last = last;
+    plan->first_key = first;
+    plan->last_key = last;
+    plan->first = first / kTileRows;
+    plan->last = (last + kTileRows - 1) / kTileRows;
   }
   __syncwarp();
 }

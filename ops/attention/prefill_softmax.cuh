@@ -66,8 +66,8 @@ __device__ __forceinline__ bool raise_reference(const float (&s)[kScores], Rows2
 #pragma unroll
     for (int i = 4; i < kScores; i += 4) top[r] = fmaxf(top[r], fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
   }
-  const bool rose = __any_sync(~0u, fmaf(top[0], scale, -rows.reference[0]) > kMostLog2 ||
-                                        fmaf(top[1], scale, -rows.reference[1]) > kMostLog2);
+  const bool rose = __any_sync(
+      ~0u, fmaf(top[0], scale, -rows.reference[0]) > kMostLog2 || fmaf(top[1], scale, -rows.reference[1]) > kMostLog2);
   if (rose) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -99,16 +99,54 @@ __device__ __forceinline__ void pack_weights(uint32_t (&p)[kTileRows / 16][4], c
     for (int r = 0; r < 4; ++r) p[step][r] = from_float2<T>(s[8 * step + 2 * r], s[8 * step + 2 * r + 1]);
 }
 
-// Has any weight of the warp passed 2^8, or overflowed? NaN has not.
+// The largest weight of each row, over this thread's columns, as bits; NaN counts for nothing.
 template <class T>
-__device__ __forceinline__ bool passed(const uint32_t (&p)[kTileRows / 16][4]) {
+__device__ __forceinline__ uint2 largest_weights(const uint32_t (&p)[kTileRows / 16][4]) {
   using Pair = std::conditional_t<dtype_of<T> == DType::kBF16, __nv_bfloat162, __half2>;
-  constexpr uint32_t kLimit = dtype_of<T> == DType::kBF16 ? 0x4380 : 0x5c00;
-  Pair top = reinterpret_cast<const Pair&>(p[0][0]);
+  Pair top[2] = {reinterpret_cast<const Pair&>(p[0][0]), reinterpret_cast<const Pair&>(p[0][1])};
 #pragma unroll
-  for (int i = 1; i < kTileRows / 4; ++i) top = __hmax2(top, reinterpret_cast<const Pair&>(p[i / 4][i % 4]));
-  const uint32_t bits = reinterpret_cast<const uint32_t&>(top);
-  return __any_sync(~0u, bits > (kLimit << 16 | 0xffff) || (bits & 0xffff) > kLimit);
+  for (int i = 2; i < kTileRows / 4; ++i)
+    top[i % 2] = __hmax2(top[i % 2], reinterpret_cast<const Pair&>(p[i / 4][i % 4]));
+  return {reinterpret_cast<const uint32_t&>(top[0]), reinterpret_cast<const uint32_t&>(top[1])};
+}
+
+// Bits of 16-bit numbers, all of them positive.
+template <class T>
+struct WeightBits {
+  static constexpr uint32_t kLimit = dtype_of<T> == DType::kBF16 ? 0x4380 : 0x5c00;  // 2^8
+  static constexpr uint32_t kInfinity = dtype_of<T> == DType::kBF16 ? 0x7f80 : 0x7c00;
+  static constexpr int kFraction = dtype_of<T> == DType::kBF16 ? 7 : 10, kBias = dtype_of<T> == DType::kBF16 ? 127 : 15;
+};
+template <uint32_t kBound>
+__device__ __forceinline__ bool any_above(uint2 pairs) {
+  return __any_sync(
+      ~0u, max(pairs.x, pairs.y) > (kBound << 16 | 0xffff) || max(pairs.x & 0xffff, pairs.y & 0xffff) > kBound);
+}
+
+// Weights above 2^8, but finite: brings them, and with `shrink` what was summed before, down by powers of two.
+template <class T>
+__device__ __forceinline__ void lower_weights(uint32_t (&p)[kTileRows / 16][4], uint2 largest, Rows2& rows,
+                                              float (&shrink)[2]) {
+  using Bits = WeightBits<T>;
+  using Pair = std::conditional_t<dtype_of<T> == DType::kBF16, __nv_bfloat162, __half2>;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const uint32_t pair = r ? largest.y : largest.x;
+    uint32_t top = max(pair >> 16, pair & 0xffff);
+    top = max(top, __shfl_xor_sync(~0u, top, 1));
+    top = max(top, __shfl_xor_sync(~0u, top, 2));
+    const int power = top > Bits::kLimit ? static_cast<int>(top >> Bits::kFraction) - Bits::kBias : 0;
+    shrink[r] = __uint_as_float(static_cast<uint32_t>(127 - power) << 23);
+    rows.reference[r] += static_cast<float>(power);
+    rows.sum[r] *= shrink[r];
+    const uint32_t factor = from_float2<T>(shrink[r], shrink[r]);
+#pragma unroll
+    for (int i = r; i < kTileRows / 4; i += 2) {
+      const Pair product =
+          __hmul2(reinterpret_cast<const Pair&>(p[i / 4][i % 4]), reinterpret_cast<const Pair&>(factor));
+      p[i / 4][i % 4] = reinterpret_cast<const uint32_t&>(product);
+    }
+  }
 }
 
 }  // namespace kestrel::cuda

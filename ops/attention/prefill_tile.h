@@ -21,10 +21,17 @@ constexpr int kGroupThreads = 128;
 constexpr int kMostGroups = 4;
 constexpr int kPlanBytes = 144;
 
-// T: what the products take. kHead: columns of the heads, a multiple of 8.
-template <class T_, int kHead_, int kGroups_, int kStages_, int kQuerySlots_, bool kBets_ = true, bool kEarly_ = true>
+// How keys and values come into shared memory: in boxes of the copy engine; or row by row, as they are or converted.
+enum class KeySource { kBoxes, kRows, kE4m3Rows };
+
+// T: what the products take. Out: the type of queries and output. kHead: columns of the heads, a multiple of 8.
+template <class T_, class Out_, int kHead_, KeySource kSource_, int kGroups_, int kStages_, int kQuerySlots_,
+          bool kBets_ = true, bool kEarly_ = true>
 struct PrefillTile {
   using T = T_;
+  using Out = Out_;
+  static constexpr KeySource kSource = kSource_;
+  static constexpr bool kBoxes = kSource == KeySource::kBoxes;
   static constexpr bool kBets = kBets_, kEarly = kEarly_;
   static constexpr int kHead = kHead_, kGroups = kGroups_, kStages = kStages_, kQuerySlots = kQuerySlots_;
   static constexpr int kPanels = (kHead + kPanelColumns - 1) / kPanelColumns;
@@ -38,8 +45,19 @@ struct PrefillTile {
   static constexpr bool kOnesPanel = kSumsByProduct && kLastColumns == kPanelColumns;
   static constexpr int kOnesBytes = kOnesPanel ? 16 * 128 : 0;
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
-  static constexpr int kRegisters = kGroups == 4 ? 112 : kGroups == 3 ? 152 : 232;
-  static constexpr int kLoaderRegisters = kGroups == 4 ? 32 : kGroups == 3 ? 56 : 40;
+  // Registers of a thread in a group, and in the loading warpgroup: all of a launch's.
+  static constexpr int kRegisters = kGroups == 4                  ? 112
+                                    : kGroups == 3                ? (kBoxes || kHead > 80 ? 152
+                                                                     : kHead > 64         ? 144
+                                                                                          : 128)
+                                    : kBoxes                      ? 232
+                                    : kSource == KeySource::kRows ? 216
+                                                                  : 176;
+  static constexpr int kLoaderRegisters = kGroups == 4   ? 32
+                                          : kGroups == 3 ? 512 - 3 * kRegisters
+                                                         : 504 - 2 * kRegisters;
+  // Tiles whose rows' pages are known before they are needed; as many e4m3 tiles wait in registers.
+  static constexpr int kAhead = kSource == KeySource::kRows ? 4 : kHead <= 64 ? 3 : kHead <= 80 ? 1 : 2;
 
   static constexpr int kQueryBytes = kGroups * kTileBytes;  // of a slot
   static constexpr int kKeysAt = kQuerySlots * kQueryBytes, kValuesAt = kKeysAt + kStages * kTileBytes;
@@ -58,11 +76,11 @@ struct PrefillArgs {
   uint32_t row_tiles;  // of one head: of one sequence, or of all packed ones together
   uint32_t heads;      // of all sequences
   uint32_t section;    // of them, worked on side by side, so that L2 holds their keys
-  Divider<uint32_t> by_section_tiles, by_section, by_q_heads, by_group;
-  int groups;          // warpgroups with queries in this launch
-  bool paired;         // a block's groups take long and short rows of one sequence, for launches of one wave
-  bool turns;          // groups issue their products in turn
-  bool unclean;        // rows past a sequence's keys may hold NaN
+  Divider<uint32_t> by_section_tiles, by_section, by_q_heads, by_group, by_page_size;
+  int groups;    // warpgroups with queries in this launch
+  bool paired;   // a block's groups take long and short rows of one sequence, for launches of one wave
+  bool turns;    // groups issue their products in turn
+  bool unclean;  // rows past a sequence's keys may hold NaN
 };
 
 }  // namespace kestrel::cuda
