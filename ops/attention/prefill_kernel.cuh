@@ -166,7 +166,8 @@ struct Group {
     uint32_t weights[kTileRows / 16][4];
     Rows2 rows;
     float scale = p.softmax_scale * (p.k_scale_at ? *p.k_scale_at : p.k_scale);
-    const Transform transform{p.softcap, scale};
+    const Transform transform{p.softcap,
+                              p.softcap > 0.0f ? scale * (2.0f * kLog2e) * fast_reciprocal(p.softcap) : scale};
     const bool transforms = p.softcap > 0.0f || !(scale > 0.0f);
     scale = transforms ? kLog2e : scale * kLog2e;
 
@@ -190,6 +191,7 @@ struct Group {
     for (int i = 0; i < kOut; ++i) o[i] = 0.0f;
     if constexpr (Tile::kSource == KeySource::kE4m3Rows) convert_queries(plan);
     const Stage k_at{next++};
+    wait_barrier(shared.query_full(slot()), Place<Tile::kQuerySlots>{plans}.parity());
     wait_keys(k_at);
     see_copies();
     wgmma_fence();
@@ -225,30 +227,28 @@ struct Group {
         // The bet is that no weight passes 2^8. Whether it was won shows on packed weights, at half the cost of looking
         // for the largest score.
         if constexpr (Tile::kEarly) wgmma_wait<0>();
-        const float2 sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
+        float2 sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
         if constexpr (!Tile::kEarly) wgmma_wait<0>();
         release_values(v_at);
         pack_weights<T>(weights, s);
-        rows.sum[0] += sums.x;
-        rows.sum[1] += sums.y;
         const uint2 largest = largest_weights<T>(weights);
         rose = any_above<WeightBits<T>::kLimit>(largest);
         if (unlikely(rose)) {
           if (unlikely(any_above<WeightBits<T>::kInfinity - 1>(largest))) {
-            rows.sum[0] -= sums.x;
-            rows.sum[1] -= sums.y;
             score_again(s, k_at);
             if (transforms) transform(s);
             if (masked) mask(tile);
             raise_reference(s, rows, shrink, scale);
-            const float2 again = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
-            rows.sum[0] += again.x;
-            rows.sum[1] += again.y;
+            sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
             pack_weights<T>(weights, s);
           } else {
             lower_weights<T>(weights, largest, rows, shrink);
+            sums.x *= shrink[0];
+            sums.y *= shrink[1];
           }
         }
+        rows.sum[0] += sums.x;
+        rows.sum[1] += sums.y;
         release_keys(k_at);
       } else {
         rose = raise_reference(s, rows, shrink, scale);
@@ -305,7 +305,7 @@ struct Group {
       const float top = fmaxf(rows.reference[r], sink), base = top <= kNoReference ? 0.0f : top;
       const float shrink = fast_exp2(rows.reference[r] - base), share = fast_exp2(sink - base);
       const float sum = fmaf(total[r], shrink, share);
-      factor[r] = sum == 0.0f ? 0.0f : shrink * v_scale / sum;
+      factor[r] = sum == 0.0f ? 0.0f : shrink * v_scale * fast_reciprocal(sum);
       const int query = first_query + row_of(thread) + 8 * r;
       if (p.lse && thread % 4 == 0 && query < queries) {
         const float sum = fmaf(exact[r], shrink, share);
@@ -367,7 +367,7 @@ __device__ __forceinline__ void run_group(const PrefillArgs& a, const PrefillSha
   if (a.turns && group.index + 1 == a.groups) arrive_threads(1, 2 * kGroupThreads);
   for (;;) {
     const Place<Tile::kQuerySlots> slot{group.plans};
-    wait_barrier(shared.query_full(slot.stage()), slot.parity());
+    wait_barrier(shared.plan_full(slot.stage()), slot.parity());
     const Plan& plan = *shared.plan(slot.stage());
     if (warp_uniform(plan.head) < 0) return;
     if (warp_uniform(plan.keys[group.index].first < plan.keys[group.index].last)) {
@@ -423,6 +423,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) prefill_kernel(const __grid
       init_barrier(shared.values_empty(i), groups);
     }
     for (int i = 0; i < Tile::kQuerySlots; ++i) {
+      init_barrier(shared.plan_full(i), 1);
       init_barrier(shared.query_full(i), 1);
       init_barrier(shared.query_empty(i), groups);
     }

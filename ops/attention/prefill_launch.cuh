@@ -55,6 +55,7 @@ void launch_prefill(Stream stream, const AttentionProblem& p, const PrefillShape
   a.by_q_heads = Divider<uint32_t>(p.q_heads), a.by_group = Divider<uint32_t>(p.q_heads / p.k_heads);
   a.by_page_size = Divider<uint32_t>(std::max<int64_t>(p.page_size, 1));
   a.groups = shape.groups, a.paired = shape.paired, a.turns = shape.turns && shape.groups > 1;
+  a.fixed = !(p.cu_seqlens_q || p.cu_seqlens_k || p.seqused_k || p.prefix_lens);
   a.unclean = Tile::kBoxes && (p.cu_seqlens_k || p.seqused_k);
   const int64_t blocks = shape.persistent ? std::min<int64_t>(tiles, sm_count()) : tiles;
   a.blocks = static_cast<uint32_t>(blocks);

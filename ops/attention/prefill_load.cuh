@@ -47,6 +47,9 @@ struct PrefillShared {
   __device__ __forceinline__ uint32_t query_empty(uint32_t slot) const {
     return barrier(4 * Tile::kStages + Tile::kQuerySlots + slot);
   }
+  __device__ __forceinline__ uint32_t plan_full(uint32_t slot) const {
+    return barrier(4 * Tile::kStages + 2 * Tile::kQuerySlots + slot);
+  }
 };
 
 // Where 8 columns of a row lie in a tile: see tensor_map.h.
@@ -64,18 +67,35 @@ __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, c
              panel * kPanelColumns, row, head, batch, barrier);
 }
 
-// Hands a plan to the groups, with their queries where the copy engine can bring them. By the whole warp, a lane for
-// each group.
+// Hands the block's next plan, in the n-th use of a slot, to the groups, and their queries where the copy engine can
+// bring them. By the whole warp, a lane for each group. A plan without head says that there is no more work.
 template <class Tile>
-__device__ __forceinline__ void load_queries(const PrefillArgs& a, const PrefillShared<Tile>& shared, const Plan& plan,
-                                             uint32_t slot) {
-  const uint32_t full = shared.query_full(slot);
+__device__ __forceinline__ const Plan& next_plan(const PrefillArgs& a, const PrefillShared<Tile>& shared,
+                                                 Place<Tile::kQuerySlots> slot, Planner& planner) {
   const int lane = threadIdx.x % 32;
-  const bool boxes = Tile::kSource != KeySource::kE4m3Rows && plan.head >= 0 && plan.first < plan.last;
-  if (lane == 0) boxes ? arrive_expecting(full, a.groups * (Tile::kHead / 8 * 16 * kTileRows)) : arrive(full);
-  if (boxes && lane < a.groups)
-    load_tile<Tile>(shared.query(slot, lane), &a.q, &a.q_last, plan.s.q_first + plan.row[lane], plan.head, plan.q_batch,
-                    full);
+  Plan& plan = *shared.plan(slot.stage());
+  const uint32_t q_full = shared.query_full(slot.stage());
+  // Nothing that this kernel needs here is being written: the plan is made while the predecessor ends.
+  const bool early = slot.n == 0 && a.fixed;
+  wait_barrier(shared.query_empty(slot.stage()), slot.parity() ^ 1);
+  if (!early) wait_for_predecessor();
+  Work w;
+  const bool more = planner.next(a, &w, &plan);
+  if (more) write_plan(a, w, &plan);
+  __syncwarp();
+  if (!more && lane == 0) plan.head = -1;
+  __syncwarp();
+  const bool boxes = Tile::kSource != KeySource::kE4m3Rows && more && plan.first < plan.last;
+  if (lane == 0) {
+    if (!boxes) arrive(q_full);
+    arrive(shared.plan_full(slot.stage()));
+  }
+  if (early) wait_for_predecessor();
+  if (lane == 0 && boxes) arrive_expecting(q_full, a.groups * (Tile::kHead / 8 * 16 * kTileRows));
+  if (lane < a.groups && boxes)
+    load_tile<Tile>(shared.query(slot.stage(), lane), &a.q, &a.q_last, plan.s.q_first + plan.row[lane], plan.head,
+                    plan.q_batch, q_full);
+  return plan;
 }
 
 template <class Tile>
@@ -86,25 +106,14 @@ __device__ __forceinline__ void load_by_boxes(const PrefillArgs& a, const Prefil
   prefetch_map(&a.k);
   prefetch_map(&a.v);
   Planner planner;
-  wait_for_predecessor();
-  release_successor();
   uint32_t next = 0;  // tile of keys: its place in both rings
 #pragma unroll 1
   for (uint32_t n = 0;; ++n) {
-    const Place<Tile::kQuerySlots> slot{n};
-    wait_barrier(shared.query_empty(slot.stage()), slot.parity() ^ 1);
-    Plan& plan = *shared.plan(slot.stage());
-    Work w;
-    const bool more = planner.next(a, &w, &plan);
-    if (more) {
-      write_plan(a, w, &plan);
-    }
-    __syncwarp();
-    if (!more && leader) plan.head = -1;
-    __syncwarp();
-    load_queries<Tile>(a, shared, plan, slot.stage());
+    const Plan& plan = next_plan<Tile>(a, shared, {n}, planner);
+    if (n == 0) release_successor();
+    if (plan.head < 0) return;
     if (leader) {
-      const int last = plan.last, count = more ? last - plan.first : 0;
+      const int last = plan.last, count = last - plan.first;
       const auto load_keys = [&](int i) {
         const Place<Tile::kStages> place{next + i};
         const uint32_t full = shared.keys_full(place.stage());
@@ -126,7 +135,6 @@ __device__ __forceinline__ void load_by_boxes(const PrefillArgs& a, const Prefil
       }
       next += count;
     }
-    if (!more) return;
     __syncwarp();
   }
 }

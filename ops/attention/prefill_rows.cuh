@@ -170,28 +170,17 @@ class RowLoader {
 
 template <class Tile>
 __device__ __forceinline__ void load_by_rows(const PrefillArgs& a, const PrefillShared<Tile>& shared) {
-  const bool planner = threadIdx.x % kGroupThreads < 32;
+  const bool plans = threadIdx.x % kGroupThreads < 32;
   RowLoader<Tile> loader(a, shared);
-  Planner plans;
-  wait_for_predecessor();
-  release_successor();
+  Planner planner;
   uint32_t next = 0;
 #pragma unroll 1
   for (uint32_t n = 0;; ++n) {
     const Place<Tile::kQuerySlots> slot{n};
-    Plan* plan = shared.plan(slot.stage());
-    if (planner) {
-      wait_barrier(shared.query_empty(slot.stage()), slot.parity() ^ 1);
-      Work w;
-      const bool more = plans.next(a, &w, plan);
-      if (more) {
-        write_plan(a, w, plan);
-      }
-      __syncwarp();
-      if (!more && threadIdx.x % 32 == 0) plan->head = -1;
-      __syncwarp();
-      load_queries<Tile>(a, shared, *plan, slot.stage());
-    }
+    if (plans) next_plan<Tile>(a, shared, slot, planner);
+    wait_for_predecessor();
+    if (n == 0) release_successor();
+    const Plan* plan = shared.plan(slot.stage());
     sync_threads(kLoaderBarrier, kGroupThreads);
     if (plan->head < 0) return;
     loader.load(*plan, next);

@@ -22,14 +22,13 @@ struct Rows2 {
 
 // Scores as they come from the product, to those whose `scale` is positive: softcap, and scales that are not.
 struct Transform {
-  float softcap, scale;
+  float softcap, factor;  // softcap > 0: 2 log2(e) scale / softcap, otherwise the scale
 
   __device__ __forceinline__ void operator()(float (&s)[kScores]) const {
-    // cap tanh(x / cap) = cap - 2 cap / (e^(2 x / cap) + 1)
-    const float factor = softcap > 0.0f ? scale * (2.0f * kLog2e / softcap) : scale;
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
       s[i] *= factor;
+      // cap tanh(x / cap) = cap - 2 cap / (e^(2 x / cap) + 1)
       if (softcap > 0.0f) s[i] = fmaf(-2.0f * softcap, fast_reciprocal(fast_exp2(s[i]) + 1.0f), softcap);
     }
   }

@@ -63,8 +63,8 @@ struct PrefillTile {
   static constexpr int kKeysAt = kQuerySlots * kQueryBytes, kValuesAt = kKeysAt + kStages * kTileBytes;
   static constexpr int kOnesAt = kValuesAt + kStages * kTileBytes, kPlansAt = kOnesAt + kOnesBytes;
   static constexpr int kBarriersAt = kPlansAt + kQuerySlots * kPlanBytes;
-  // full and empty: of the keys' stages, the values' stages, the query slots
-  static constexpr int kSharedBytes = kBarriersAt + 16 * (2 * kStages + kQuerySlots) + 1024;
+  // Full and empty: of the keys' stages, the values' stages, the query slots; and the slots' plans.
+  static constexpr int kSharedBytes = kBarriersAt + 16 * (2 * kStages + kQuerySlots) + 8 * kQuerySlots + 1024;
 };
 
 struct PrefillArgs {
@@ -80,6 +80,7 @@ struct PrefillArgs {
   int groups;    // warpgroups with queries in this launch
   bool paired;   // a block's groups take long and short rows of one sequence, for launches of one wave
   bool turns;    // groups issue their products in turn
+  bool fixed;    // no length comes from device memory
   bool unclean;  // rows past a sequence's keys may hold NaN
 };
 
