@@ -25,14 +25,12 @@ constexpr int kPlanBytes = 144;
 enum class KeySource { kBoxes, kRows, kE4m3Rows };
 
 // T: what the products take. Out: the type of queries and output. kHead: columns of the heads, a multiple of 8.
-template <class T_, class Out_, int kHead_, KeySource kSource_, int kGroups_, int kStages_, int kQuerySlots_,
-          bool kBets_ = true, bool kEarly_ = true>
+template <class T_, class Out_, int kHead_, KeySource kSource_, int kGroups_, int kStages_, int kQuerySlots_>
 struct PrefillTile {
   using T = T_;
   using Out = Out_;
   static constexpr KeySource kSource = kSource_;
   static constexpr bool kBoxes = kSource == KeySource::kBoxes;
-  static constexpr bool kBets = kBets_, kEarly = kEarly_;
   static constexpr int kHead = kHead_, kGroups = kGroups_, kStages = kStages_, kQuerySlots = kQuerySlots_;
   static constexpr int kPanels = (kHead + kPanelColumns - 1) / kPanelColumns;
   static constexpr int kLastColumns = kHead - (kPanels - 1) * kPanelColumns;  // of the last panel
