@@ -73,6 +73,13 @@ void allow_shared(const void* symbol, size_t bytes, std::atomic<size_t>* cache) 
   if (device < kMaxDevices) cache[device].store(bytes, std::memory_order_release);
 }
 
+void allow_large_cluster(const void* symbol, std::atomic<bool>* cache) {
+  const int device = current_device();
+  if (device < kMaxDevices && cache[device].load(std::memory_order_acquire)) return;
+  cuda_check(cudaFuncSetAttribute(symbol, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
+  if (device < kMaxDevices) cache[device].store(true, std::memory_order_release);
+}
+
 void launch_function(const void* symbol, cudaFunction_t function, const LaunchConfig& config, void** params) {
   CUlaunchConfig driver{};
   driver.gridDimX = config.gridDim.x;
@@ -129,6 +136,16 @@ int compute_capability() {
     return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
            attribute(cudaDevAttrComputeCapabilityMinor, device);
   });
+}
+
+std::string device_name() {
+  int device = 0;
+  cudaDeviceProp properties;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaGetDeviceProperties(&properties, device) != cudaSuccess) {
+    cudaGetLastError();  // else the next check finds it
+    return {};
+  }
+  return properties.name;
 }
 
 }  // namespace kestrel

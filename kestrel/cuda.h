@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 #include <kestrel/tensor.h>
 
@@ -24,7 +25,8 @@ class DeviceGuard {
 
 bool is_capturing(Stream stream);
 void copy_to_host(Stream stream, DLDevice device, void* host, const void* source, size_t bytes);  // synchronizes
-int sm_count();            // of the current device
-int compute_capability();  // of the current device, 90 for 9.0
+int sm_count();             // of the current device
+int compute_capability();   // of the current device, 90 for 9.0
+std::string device_name();  // of the current device, "NVIDIA H200"; empty where there is none
 
 }  // namespace kestrel

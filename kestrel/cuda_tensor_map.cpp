@@ -30,16 +30,18 @@ CUtensorMapDataType driver_type(DType dtype) {
 }  // namespace
 
 CUtensorMap tensor_map(const TensorBox& tensor) {
-  cuuint64_t size[4], stride[3];  // in bytes, the innermost left out
-  cuuint32_t box[4], every[4] = {1, 1, 1, 1};
-  for (int i = 0; i < 4; ++i) {
-    size[i] = tensor.size[i];
-    box[i] = tensor.box[i];
-    if (i > 0) stride[i - 1] = tensor.stride[i] * size_of(tensor.dtype);
+  cuuint64_t size[kMostBoxDims], stride[kMostBoxDims];  // in bytes, the innermost left out
+  cuuint32_t box[kMostBoxDims], every[kMostBoxDims];
+  cuuint32_t dims = 0;
+  for (; dims < kMostBoxDims && tensor.size[dims] != 0; ++dims) {
+    size[dims] = tensor.size[dims];
+    box[dims] = tensor.box[dims];
+    every[dims] = 1;
+    if (dims > 0) stride[dims - 1] = tensor.stride[dims] * size_of(tensor.dtype);
   }
   CUtensorMap map;
   // Without promotion in L2: to 256 bytes it costs a stream of weights 8%.
-  const CUresult result = encoder()(&map, driver_type(tensor.dtype), 4, const_cast<void*>(tensor.data), size, stride,
+  const CUresult result = encoder()(&map, driver_type(tensor.dtype), dims, const_cast<void*>(tensor.data), size, stride,
                                     box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                     CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)

@@ -30,6 +30,9 @@ cudaFunction_t function_of(const void* symbol, std::atomic<cudaFunction_t>* cach
 // More than 48 KB of shared memory must be allowed, once for each kernel and device.
 void allow_shared(const void* symbol, size_t bytes, std::atomic<size_t>* cache);
 
+// Clusters of more than 8 blocks run on GPUs that have room for them; they too must be allowed, once.
+void allow_large_cluster(const void* symbol, std::atomic<bool>* cache);
+
 // launch<kernel>(stream, {blocks, threads}, args): always a programmatic dependent launch. The kernel's blocks may be
 // placed while its predecessor drains, and the kernel waits itself (pdl.cuh) before it touches what the predecessor
 // wrote. Empty kernels of many waves lose by it, but kernels that move data gain at any size: 2960 blocks of activation
@@ -41,6 +44,10 @@ void launch(Stream stream, const LaunchShape& shape, const Args& args) {
   if (shape.shared_bytes > 48 * 1024) {
     static std::atomic<size_t> allowed[kMaxDevices];
     allow_shared(symbol, shape.shared_bytes, allowed);
+  }
+  if (shape.cluster > 8) {
+    static std::atomic<bool> allowed[kMaxDevices];
+    allow_large_cluster(symbol, allowed);
   }
   cudaLaunchAttribute attributes[2];
   LaunchConfig config{};

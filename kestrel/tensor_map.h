@@ -10,12 +10,14 @@
 
 namespace kestrel {
 
+constexpr int kMostBoxDims = 5;
+
 struct TensorBox {
-  DType dtype;        // of 16 or 8 bits
-  const void* data;   // at a multiple of 16 bytes
-  int64_t size[4];    // innermost first
-  int64_t stride[4];  // in elements; that of the innermost is 1, the others are multiples of 16 bytes
-  uint32_t box[4];    // 128 bytes in the innermost, at most 256 elements in each
+  DType dtype;                   // of 16 or 8 bits
+  const void* data;              // at a multiple of 16 bytes
+  int64_t size[kMostBoxDims];    // innermost first; a zero ends it
+  int64_t stride[kMostBoxDims];  // in elements; that of the innermost is 1, the others are multiples of 16 bytes
+  uint32_t box[kMostBoxDims];    // 128 bytes in the innermost, at most 256 elements in each
 };
 
 // Boxes with the 128-byte swizzle: the 16 bytes c of line r lie at r * 128 + (c ^ r % 8) * 16. What lies outside the

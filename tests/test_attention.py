@@ -16,6 +16,14 @@ from kestrel_kernels.flash_attn import cute
 from support import BACKENDS, HALVES, HAS_JAX, Backend, assert_close, random
 
 SLACK = 3e-6  # sums of some hundred fp32 terms, before the one rounding
+# What tensor cores lose of a weight: bf16 and f16 take it in two parts, e4m3 as f16.
+WEIGHT_ERROR = {"bfloat16": 2.0**-17, "float16": 2.0**-22, "float8_e4m3fn": 2.0**-12}
+# The prefill kernel takes it in one part, and the sum of the parts so rounded.
+PREFILL_ERROR = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float8_e4m3fn": 2.0**-11}
+KERNELS = {
+    "FlashAttentionPlain", "FlashAttentionFwd", "FlashAttentionDecodeSm90",
+    "FlashAttentionDecodeSm90PersistentSplitFused",
+}  # fmt: skip
 
 
 @dataclass
@@ -33,6 +41,7 @@ class Case:
     packed_k: bool = False
     spare: int = 5  # keys of room past the longest
     options: dict[str, Any] = field(default_factory=dict)
+    hints: dict[str, Any] = field(default_factory=dict)  # what the oracle need not know
     seed: int = 0
 
     def run(self, b: Backend, **more: Any) -> Any:
@@ -52,7 +61,7 @@ class Case:
             self.v.append(draw((len_k, hk, self.width), kv_dtype))
         batch = len(self.lengths)
         used = b.array([n for _, n in self.lengths], "int32")
-        keywords: dict[str, Any] = {**self.options, "return_lse": True, **more}
+        keywords: dict[str, Any] = {**self.options, **self.hints, "return_lse": True, **more}
         for name, dtype in (("prefix_len", "int32"), ("learnable_sink", "float32")):
             if isinstance(keywords.get(name), (list, np.ndarray)):
                 keywords[name] = b.array(keywords[name], dtype)
@@ -102,18 +111,17 @@ class Case:
     def check(self, b: Backend, kernel: str | None = None) -> None:
         results = self.run(b)
         ran = cute.last_kernel()
-        assert ran == kernel if kernel else ran == "cpu" if b.device == "cpu" else ran.startswith("FlashAttention")
-        # Tensor cores take weights of 16 bits: each is off by half a unit in its last place, and so may be their sum.
-        in_half = "float16" in (self.dtype, self.kv_dtype) or self.kv_dtype == "float8_e4m3fn"
-        unit = 0.0 if ran in ("cpu", "FlashAttentionPlain") else 2.0**-11 if in_half else 2.0**-8
+        assert ran in ({kernel} if kernel else {"cpu"} if b.device == "cpu" else KERNELS)
         for i, (out, lse) in enumerate(results):
             options = dict(self.options)
             if isinstance(options.get("prefix_len"), list):
                 options["prefix_len"] = options["prefix_len"][i]
             want, want_lse = attend(self.q[i], self.k[i], self.v[i], **options)
             slack = SLACK * self.options.get("v_scale", 1.0)
-            if unit:
-                slack = slack + unit * attend(self.q[i], self.k[i], abs(self.v[i]), **options)[0]
+            if b.device == "cuda":
+                most, _ = attend(self.q[i], self.k[i], np.abs(self.v[i]), **options)
+                kind = self.kv_dtype or self.dtype
+                slack = slack + (PREFILL_ERROR if ran == "FlashAttentionFwd" else WEIGHT_ERROR)[kind] * most
             assert_close(out, want, self.dtype, slack=slack)
             assert_close(lse, want_lse, "float32", slack=5e-6 + 1e-6 * self.options.get("softcap", 0.0))
 
@@ -217,7 +225,7 @@ def test_long_causal(backend: Backend) -> None:
 
 
 def test_alone_or_in_a_batch(backend: Backend) -> None:
-    """A decode step gives what the whole prompt gave, dense or paged, alone or not; on the CPU bit for bit."""
+    """A decode step gives what the whole prompt gave, dense or paged, alone or not; on the CPU the same bits."""
     k, v = (backend.array(random((3, 190, 2, 64), seed), "bfloat16") for seed in (1, 2))
     q = backend.array(random((3, 190, 6, 64), 3), "bfloat16")
     whole, lse = cute.flash_attn_func(q, k, v, causal=True, return_lse=True)
@@ -231,8 +239,9 @@ def test_alone_or_in_a_batch(backend: Backend) -> None:
         if backend.device == "cpu":
             assert np.array_equal(backend.bits(step)[0, 0], backend.bits(whole)[1, row])
             assert np.array_equal(backend.bits(step_lse)[0, :, 0], backend.bits(lse)[1, :, row])
-        assert_close(backend.numpy(step)[0, 0], backend.numpy(whole)[1, row], "bfloat16", slack=2.0**-6)
-        assert_close(backend.numpy(step_lse)[0, :, 0], backend.numpy(lse)[1, :, row], "float32", slack=5e-6)
+        else:  # by another kernel
+            assert_close(backend.numpy(step)[0, 0], backend.numpy(whole)[1, row], "bfloat16", slack=0.01)
+            assert_close(backend.numpy(step_lse)[0, :, 0], backend.numpy(lse)[1, :, row], "float32", slack=1e-5)
 
 
 @pytest.mark.parametrize("seers, options", [

@@ -189,3 +189,23 @@ def test_inductor() -> None:
         return kk.rmsnorm(kk.silu_and_mul(x + 1), weight) * 2
 
     assert torch.equal(torch.compile(block, fullgraph=True)(x, weight), block(x, weight))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_choice_of_tiles(dynamic: bool) -> None:
+    """In a graph, of any number of tokens; with a config of one's own, too."""
+    make = Make("cpu")
+    x, w_up, w_down = make(96, 16), make(2, 12, 16), make(2, 16, 6)
+    weights, ids = make(96, 2, dtype="float32"), make(96, 2, dtype="int32") % 2
+    sizes: dict[str, Any] = {"num_experts": 2, "hidden_size": 16, "intermediate_size": 6, "dtype": "bf16"}
+    config = kk.get_cute_moe_config("up", 96, **sizes)
+
+    def layer(x: Any, weights: Any, ids: Any) -> Any:
+        with_config = kk.fused_moe(x, w_up, w_down, weights, ids, config=config)
+        return kk.fused_moe(x, w_up, w_down, weights, ids) + with_config + kk.get_cute_moe_block_m(len(x), **sizes)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for tokens in (4, 5, 96):
+        some = x[:tokens], weights[:tokens], ids[:tokens]
+        assert torch.equal(compiled(*some), layer(*some))

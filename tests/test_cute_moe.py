@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Callable
 from math import erf, sqrt, tanh
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -13,11 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kestrel_kernels import cute_moe
+from kestrel_kernels import _library, _moe_config
 from kestrel_kernels.cute_moe import (
-    CuteMoeConfig,
     get_cute_moe_block_m,
-    get_cute_moe_config,
     invoke_cute_moe_down,
     invoke_cute_moe_down_fp8,
     invoke_cute_moe_up,
@@ -25,16 +22,13 @@ from kestrel_kernels.cute_moe import (
 )
 from support import BACKENDS, HALVES, HAS_JAX, Backend, assert_close, random, relative_error
 
-GATES = {
+GATES: dict[str, Callable[[Any, Any], Any]] = {
     "gelu_residual": lambda a, g: a * (1 + np.vectorize(erf)(a / sqrt(2))) / 2 * (g + 1),
     "silu_and_mul": lambda a, g: a / (1 + np.exp(-a)) * g,
+    "silu": lambda a, g: a / (1 + np.exp(-a)) * g,
     "gelu_and_mul": lambda a, g: a * (1 + np.vectorize(erf)(a / sqrt(2))) / 2 * g,
     "gelu_tanh_and_mul": lambda a, g: a * (1 + np.vectorize(tanh)(sqrt(2 / np.pi) * (a + 0.044715 * a**3))) / 2 * g,
 }
-
-
-def config_of(block_m: int, dtype: str = "bf16") -> CuteMoeConfig:
-    return CuteMoeConfig(block_m, 32, 256, 8, 1, dtype)
 
 
 def align(ids: np.ndarray, experts: int, block_m: int, expert_map: Any = None) -> tuple[np.ndarray, ...]:
@@ -88,7 +82,7 @@ class Problem:
         self.weights = self.backend.array(weights, "float32")
         self.aligned = align(self.ids, self.experts, self.block_m, self.expert_map)
         self.expert = self.ids if self.expert_map is None else np.asarray(self.expert_map)[self.ids]
-        self.config = config_of(self.block_m)
+        self.config: Any = self.block_m
 
     def _operand(self, shape: tuple[int, ...], seed: int, scale: float = 1.0) -> tuple[Any, Any]:
         values = random(shape, seed + 10 * self.seed, scale)
@@ -173,7 +167,9 @@ class Problem:
         return self.backend.numpy(got)
 
     def check(self, got: np.ndarray, want: np.ndarray) -> None:
-        assert_close(got, want, self.out_dtype, slack=4e-5)
+        # Tensor cores keep 13 bits of a sum of e4m3 products, below its largest term: of terms up to 9 in some steps.
+        coarse = self.dtype == "float8_e4m3fn" and self.backend.device == "cuda"
+        assert_close(got, want, self.out_dtype, slack=5e-3 if coarse else 4e-5)
         known = want[~np.isnan(want)]
         if known.size > 4000 and np.linalg.norm(known):
             assert relative_error(got[~np.isnan(want)], known) < 2e-3
@@ -242,6 +238,60 @@ def test_deep(backend: Backend) -> None:
     problem = Problem(backend, "float8_e4m3fn", draw_ids(24, 4, 6), 6, 200, 4096)
     problem.check(problem.down(), problem.want_down())
     problem.check(problem.down(reduce=True), problem.want_down(reduce=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tile(backend: Backend, dtype: str) -> None:
+    """Given as a config, at shapes that suit the tensor cores, and at those that suit no tile."""
+    name = {"bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8"}[dtype]
+    for tile in _moe_config.tiles():
+        if tile.dtype == name:
+            for tokens, hidden, inner in ((5, 64, 128), (70, 192, 64), (9, 136, 72), (3, 33, 21)):
+                problem = Problem(backend, dtype, draw_ids(tokens, 2, 4), 4, hidden, inner, tile.block_m)
+                problem.config = tile
+                problem.check_all()
+                if backend.device == "cuda" and hidden % 16 == inner % 16 == 0:  # and by the kernel that was asked for
+                    fits = tile.kernel_type != "warp" or tokens <= 64
+                    for call in (problem.up, problem.down):
+                        call()
+                        assert _library.load().moe_last_kernel() == (tile.kernel_type if fits else "wgmma")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "slots", "experts", "hidden", "inner", "block_m"),
+    [
+        (1, 3, 5, 1088, 128, 16),
+        (9, 2, 4, 1088, 576, 16),
+        (64, 3, 6, 1088, 64, 64),
+        (8, 2, 3, 1104, 40, 8),
+        (11, 2, 3, 2120, 128, 32),
+        (3, 2, 3, 64, 2112, 16),
+        (4, 4, 8, 1088, 1024, 16),
+        (12, 4, 5, 1088, 768, 16),
+    ],
+)
+def test_few_tokens(
+    backend: Backend, dtype: str, tokens: int, slots: int, experts: int, hidden: int, inner: int, block_m: int
+) -> None:
+    """What streams its weights to tensor cores on CUDA: one or two groups of columns, depths of one granule to many,
+    whole and ending within one, sums in one kernel and in parts."""
+    Problem(backend, dtype, draw_ids(tokens, slots, experts), experts, hidden, inner, block_m).check_all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "inner"), [(1088, 512), (2176, 256), (1088, 1280)])
+def test_among_many(backend: Backend, dtype: str, hidden: int, inner: int) -> None:
+    """A token's bits are the same among many, where other kernels may take it, and alone."""
+    ids = draw_ids(40, 2, 6)
+    many, few = (Problem(backend, dtype, part, 6, hidden, inner) for part in (ids, ids[:2]))
+    for call in (
+        lambda p: p.up(),
+        lambda p: p.up("silu_and_mul"),
+        lambda p: p.down(),
+        lambda p: p.down(reduce=True),
+    ):
+        np.testing.assert_array_equal(call(many)[:2], call(few))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
@@ -330,7 +380,6 @@ def test_functional_form(backend: Backend, dtype: str) -> None:
     """Without out and config: the block size is that of get_cute_moe_block_m."""
     name = {"bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8"}[dtype]
     block_m = get_cute_moe_block_m(40, num_experts=4, hidden_size=40, intermediate_size=24, dtype=name)
-    assert block_m == 64
     problem = Problem(backend, dtype, draw_ids(40, 2, 4), 4, 40, 24, block_m)
     problem.check(problem.up(out=None, config=None), problem.want_up())
     problem.check(problem.down(out=None, config=None, reduce=True), problem.want_down(reduce=True))
@@ -376,7 +425,7 @@ def test_all_e4m3_values(backend: Backend) -> None:
     aligned = [backend.array(a, "int32") for a in (np.zeros((1, 1)), *align(np.zeros((1, 1)), 1, 16))]
     got = invoke_cute_moe_down_fp8(
         backend.array(mid, "uint8"), ones[0], backend.array(w3, "uint8"), ones[1], ones[2], *aligned,
-        out=backend.poisoned((1, 1, 256), "bfloat16"), config=config_of(16, "fp8"),
+        out=backend.poisoned((1, 1, 256), "bfloat16"), config=16,
     )  # fmt: skip
     want = bits.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
     assert np.array_equal(backend.numpy(got)[0, 0], want, equal_nan=True)
@@ -480,59 +529,3 @@ def test_unused_blocks_are_not_looked_at(backend: Backend) -> None:
     problem.aligned[0][used:] = -7
     problem.aligned[1][used // 16 :] = 99
     problem.check_all()
-
-
-# Configs.
-
-
-def test_heuristic_reaches_every_tile() -> None:
-    tiles = json.loads((Path(__file__).parent.parent / "ops/moe/tiles.json").read_text())["tiles"]
-    reached = set()
-    for dtype in ("bf16", "fp16", "fp8"):
-        for experts in (1, 8, 60, 64, 512):
-            for tokens in (0, 1, 4, 16, 64, 128, 129, 512, 740, 2048, 16384):
-                configs = [
-                    get_cute_moe_config(
-                        kind, tokens, num_experts=experts, hidden_size=7, intermediate_size=5, dtype=dtype
-                    )
-                    for kind in ("up", "down")
-                ]
-                assert configs[0].block_m == configs[1].block_m and {c.dtype for c in configs} == {dtype}
-                reached |= {json.dumps({k: v for k, v in vars(c).items() if k != "dtype"}) for c in configs}
-    assert reached == {json.dumps(tile) for tile in tiles}
-
-
-def test_config_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def tile(block_m: int, block_n: int) -> dict[str, Any]:
-        return {"block_m": block_m, "block_n": block_n, "block_k": 64, "num_warps": 4, "num_stages": 3}
-
-    def file(**tokens: Any) -> str:
-        return json.dumps(
-            {"gpu": "G", "num_experts": 4, "hidden_size": 40, "intermediate_size": 24, "dtype": "fp8",
-             "tokens": {count[1:]: {"up": up, "down": down} for count, (up, down) in tokens.items()}}
-        )  # fmt: skip
-
-    path = tmp_path / "small.json"
-    path.write_text(file(t64=(tile(64, 32), tile(64, 16)), t8=(tile(16, 32), tile(16, 64))))
-    monkeypatch.setattr(cute_moe, "_configs", cute_moe._load_configs(tmp_path))
-    shape: dict[str, Any] = {"num_experts": 4, "hidden_size": 40, "intermediate_size": 24, "dtype": "fp8"}
-    for tokens, block_m in ((0, 16), (8, 16), (36, 16), (37, 64), (64, 64), (99999, 64)):
-        assert get_cute_moe_block_m(tokens, **shape) == block_m
-    assert get_cute_moe_config("down", 9, **shape) == CuteMoeConfig(16, 64, 64, 4, 3, "fp8")
-    assert get_cute_moe_config("up", 9, **shape).block_n == 32
-    assert get_cute_moe_config("up", 9, **shape | {"dtype": "bf16"}).block_n == 32  # no file: the heuristic
-    path.write_text(file(t8=(tile(16, 32), tile(64, 32))))
-    with pytest.raises(ValueError, match=r"small.json: up and down must share block_m, which they do not at 8 tokens"):
-        cute_moe._load_configs(tmp_path)
-
-
-def test_bad_configs() -> None:
-    shape: dict[str, Any] = {"num_experts": 4, "hidden_size": 40, "intermediate_size": 24}
-    with pytest.raises(ValueError, match="get_cute_moe_config: kind must be up or down, got 'gate'"):
-        get_cute_moe_config("gate", 1, dtype="fp8", **shape)
-    with pytest.raises(ValueError, match="get_cute_moe_config: dtype must be bf16, fp16 or fp8, got 'float8'"):
-        get_cute_moe_block_m(1, dtype="float8", **shape)
-    with pytest.raises(ValueError, match="CuteMoeConfig: block_m must be at least 1, got 0"):
-        CuteMoeConfig(0, 32, 64, 4, 3, "fp8")
-    with pytest.raises(ValueError, match="CuteMoeConfig: kernel_type must be warp or wgmma, got 'mma'"):
-        CuteMoeConfig(16, 32, 64, 4, 3, "fp8", "mma")

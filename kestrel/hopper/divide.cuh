@@ -14,19 +14,17 @@ class Divider<uint32_t> {
  public:
   Divider() = default;
   explicit Divider(int64_t divisor) : divisor_(static_cast<uint32_t>(divisor)) {
-    uint32_t log = 0;
-    while (uint64_t{1} << log < divisor_) ++log;
-    shift_ = 31 + log;
-    multiplier_ = static_cast<uint32_t>(((uint64_t{1} << shift_) + divisor_ - 1) / divisor_);
+    while (uint64_t{1} << log_ < divisor_) ++log_;
+    multiplier_ = static_cast<uint32_t>(((uint64_t{1} << (31 + log_)) + divisor_ - 1) / divisor_);
   }
   // quotient and remainder, for index < 2^31
   __device__ __forceinline__ void operator()(uint32_t index, uint32_t* quotient, uint32_t* remainder) const {
-    *quotient = static_cast<uint32_t>(uint64_t{index} * multiplier_ >> shift_);
+    *quotient = __umulhi(index * 2, multiplier_) >> log_;
     *remainder = index - *quotient * divisor_;
   }
 
  private:
-  uint32_t divisor_ = 1, multiplier_ = 1, shift_ = 0;
+  uint32_t divisor_ = 1, multiplier_ = uint32_t{1} << 31, log_ = 0;
 };
 
 template <>

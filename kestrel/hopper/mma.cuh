@@ -43,6 +43,18 @@ __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t m0, uint32
   asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(m0), "r"(m1) : "memory");
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+// stmatrix.x4.trans: lane 8 i + j gives the address of column j of the 8 x 8 matrix i, of which thread 4 g + q holds
+// (g, 2q) and (g, 2q + 1).
+__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+}
+
 // mma.sync.aligned.m16n8k16.row.col.f32
 template <class T>
 __device__ __forceinline__ void mma(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,

@@ -61,6 +61,18 @@ __device__ __forceinline__ uint32_t to_f16x2(uint32_t pair) {
   return reinterpret_cast<const uint32_t&>(halves);
 }
 
+// cvt.rn.f16x2.e4m3x2, twice: four e4m3, exactly.
+__device__ __forceinline__ void widen(uint32_t bits, uint32_t* low, uint32_t* high) {
+  asm("{\n"
+      ".reg .b16 l, h;\n"
+      "mov.b32 {l, h}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, l;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, h;\n"
+      "}"
+      : "=r"(*low), "=r"(*high)
+      : "r"(bits));
+}
+
 // 2^x and 1/x by the special function unit: relative error below 2^-22, subnormals flushed.
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;

@@ -27,9 +27,39 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       : "memory");
 }
 
-// prefetch.tensormap: fetches the map itself, ahead of the first copy.
+// cp.async.bulk.tensor.5d
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int c0, int c1, int c2, int c3, int c4,
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, "
+      "%6}], [%7];" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier)
+      : "memory");
+}
+
+// prefetch.tensormap: of a map among the kernel's arguments, for a first box that comes later.
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// How the second-level cache keeps what a copy reads.
+constexpr uint64_t kKeepAsUsual = uint64_t{0x10f0} << 48, kEvictFirst = uint64_t{0x12f0} << 48;
+constexpr uint64_t kEvictLast = uint64_t{0x14f0} << 48;
+
+__device__ __forceinline__ void copy_box_kept(uint32_t to, const CUtensorMap* map, int c0, int c1, int c2, int c3,
+                                              uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// cp.async.bulk.prefetch.tensor: the box to L2 alone.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(c0), "r"(c1),
+               "r"(c2), "r"(c3)
+               : "memory");
 }
 
 // cp.async.cg, 16 bytes: of those `valid` (0 or 16) are read and the others come as zero.
@@ -44,5 +74,12 @@ __device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
 
 // cp.async.wait_all: this thread's copy_async have landed; a barrier shows them to others.
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// st.global.v4 with a policy for L2
+__device__ __forceinline__ void store_global(void* to, uint4 v, uint64_t policy) {
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w), "l"(policy)
+               : "memory");
+}
 
 }  // namespace kestrel

@@ -1,9 +1,24 @@
 // What the threads of a warp, and the warps of a block, tell one another.
 #pragma once
 
+#include <cstdint>
+
 namespace kestrel {
 
 constexpr int kWarp = 32;
+
+// elect.sync: true in one lane of a whole warp, without a register for its number.
+__device__ __forceinline__ bool elected() {
+  uint32_t is;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(is));
+  return is;
+}
 
 __device__ __forceinline__ float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(~0u, value, lanes); }
 

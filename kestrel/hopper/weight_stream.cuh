@@ -7,6 +7,7 @@
 
 #include "kestrel/hopper/mbarrier.cuh"
 #include "kestrel/hopper/mma.cuh"
+#include "kestrel/hopper/numeric.cuh"
 #include "kestrel/hopper/tma.cuh"
 #include "kestrel/hopper/warp.cuh"
 
@@ -32,6 +33,14 @@ struct Ring {
       stage = 0;
       parity ^= 1;
     }
+  }
+  // By a whole warp, when it has read the stage, which may then be filled anew. In program order alone the arrival can
+  // overtake loads from shared memory that queue behind loads from global memory (on an H200 stages were refilled under
+  // them), so it is made to depend on what was loaded last. gridDim.y is 1, which the compiler does not know.
+  __device__ __forceinline__ void release(uint32_t loaded) const {
+    const bool here = (loaded & 2 & gridDim.y) == 0;
+    __syncwarp();
+    if (here & elected()) arrive(empty());
   }
   // By one warp, before it fills the ring; the others see the barriers after a __syncthreads.
   __device__ __forceinline__ void init(uint32_t consumer_warps) const {
@@ -72,25 +81,61 @@ struct Weights {
     }
   }
 
-  // By a whole warp, once its loads have returned: the stage may be filled anew. In program order alone the arrival can
-  // overtake loads from shared memory that queue behind loads from global memory (on an H200 stages were refilled under
-  // them), so it is made to depend on what was loaded last. gridDim.y is 1, which the compiler does not know.
-  __device__ __forceinline__ void release(const Ring& ring) const {
-    const bool loaded = ((lower[0].x | lower[1].x) & 2 & gridDim.y) == 0;
-    __syncwarp();
-    if (loaded & (threadIdx.x % kWarp == 0)) arrive(ring.empty());
+  // By a whole warp, once its loads have returned. `other`: what else was loaded from the stage.
+  __device__ __forceinline__ void release(const Ring& ring, uint32_t other = 0) const {
+    ring.release(lower[0].x | lower[1].x | other);
   }
 };
 
-// sums += w x for one slab and 8 rows of x, of which the thread holds chunks 2q and 2q + 1 of row g. Two chains of
-// sums, which may be one.
+// sums += w x for one chunk of each row and 8 rows of x. Two chains of sums, which may be one. e4m3, of which a slab
+// has 128 columns and a chunk 16, goes through f16.
+template <class T>
+__device__ __forceinline__ void multiply(float (&even)[4], float (&odd)[4], const uint4& upper, const uint4& lower,
+                                         const uint4& x) {
+  if constexpr (sizeof(T) == 1) {
+    const auto four = [](float(&sums)[4], uint32_t upper_bits, uint32_t lower_bits, uint32_t x_bits) {
+      uint32_t a[4], b[2];
+      widen(upper_bits, &a[0], &a[2]);
+      widen(lower_bits, &a[1], &a[3]);
+      widen(x_bits, &b[0], &b[1]);
+      mma<f16>(sums, a[0], a[1], a[2], a[3], b[0], b[1]);
+    };
+    four(even, upper.x, lower.x, x.x);
+    four(odd, upper.y, lower.y, x.y);
+    four(even, upper.z, lower.z, x.z);
+    four(odd, upper.w, lower.w, x.w);
+  } else {
+    mma<T>(even, upper.x, lower.x, upper.y, lower.y, x.x, x.y);
+    mma<T>(odd, upper.z, lower.z, upper.w, lower.w, x.z, x.w);
+  }
+}
+
+// x of e4m3, widened before: it serves several tiles.
+__device__ __forceinline__ void widen(const uint4& bits, uint4 (&wide)[2]) {
+  widen(bits.x, &wide[0].x, &wide[0].y);
+  widen(bits.y, &wide[0].z, &wide[0].w);
+  widen(bits.z, &wide[1].x, &wide[1].y);
+  widen(bits.w, &wide[1].z, &wide[1].w);
+}
+__device__ __forceinline__ void multiply(float (&sums)[4], const uint4& upper, const uint4& lower,
+                                         const uint4 (&wide)[2]) {
+  const auto four = [&](uint32_t upper_bits, uint32_t lower_bits, uint32_t b0, uint32_t b1) {
+    uint32_t a[4];
+    widen(upper_bits, &a[0], &a[2]);
+    widen(lower_bits, &a[1], &a[3]);
+    mma<f16>(sums, a[0], a[1], a[2], a[3], b0, b1);
+  };
+  four(upper.x, lower.x, wide[0].x, wide[0].y);
+  four(upper.y, lower.y, wide[0].z, wide[0].w);
+  four(upper.z, lower.z, wide[1].x, wide[1].y);
+  four(upper.w, lower.w, wide[1].z, wide[1].w);
+}
+
+// The same for one slab, of which the thread holds chunks 2q and 2q + 1 of row g.
 template <class T>
 __device__ __forceinline__ void multiply(float (&even)[4], float (&odd)[4], const Weights& w, const uint4 (&x)[2]) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    mma<T>(even, w.upper[h].x, w.lower[h].x, w.upper[h].y, w.lower[h].y, x[h].x, x[h].y);
-    mma<T>(odd, w.upper[h].z, w.lower[h].z, w.upper[h].w, w.lower[h].w, x[h].z, x[h].w);
-  }
+  for (int h = 0; h < 2; ++h) multiply<T>(even, odd, w.upper[h], w.lower[h], x[h]);
 }
 
 // The sums of the warps of one tile, [warp][column][row] in shared memory: 20 rows apart, the writes of a warp meet 32
@@ -98,9 +143,8 @@ __device__ __forceinline__ void multiply(float (&even)[4], float (&odd)[4], cons
 constexpr uint32_t kPartialPitch = 20;
 
 // What a thread has of 8 columns from `column` on, of which `columns` are kept.
-__device__ __forceinline__ void store_partial(float* partial, const float (&sums)[4], uint32_t column,
-                                              uint32_t columns) {
-  const uint32_t lane = threadIdx.x % kWarp;
+__device__ __forceinline__ void store_partial(float* partial, const float (&sums)[4], uint32_t column, uint32_t columns,
+                                              uint32_t lane = threadIdx.x % kWarp) {
   column += lane % 4 * 2;
   float* const to = partial + column * kPartialPitch + lane / 4;
   if (column < columns) {

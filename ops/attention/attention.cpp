@@ -10,6 +10,7 @@
 #include "kestrel/cpu/target.h"
 #include "kestrel/cuda.h"
 #include "kestrel/indices.h"
+#include "ops/attention/decode.h"
 #include "ops/attention/problem.h"
 
 KESTREL_CPU_TWIN(attention, void(const kestrel::AttentionProblem& problem));
@@ -18,7 +19,7 @@ namespace kestrel {
 namespace cuda {
 bool attention_prefill(Stream stream, const AttentionProblem& problem);
 void attention(Stream stream, const AttentionProblem& problem);
-}
+}  // namespace cuda
 
 namespace {
 
@@ -105,6 +106,8 @@ void check_sequences(Contract& c, const AttentionProblem& p, std::optional<int64
 
 const char* last_attention_kernel() { return last_kernel; }
 
+int64_t attention_workspace_bytes() { return cuda::kAttentionWorkspaceBytes; }
+
 void attention(Stream stream, Tensor out, std::optional<Tensor> lse, Tensor q, Tensor k, Tensor v,
                const AttentionOptions& o) {
   Contract c(o.names.op);
@@ -145,6 +148,8 @@ void attention(Stream stream, Tensor out, std::optional<Tensor> lse, Tensor q, T
   check_scale(c, "k_scale", o.k_scale);
   check_scale(c, "v_scale", o.v_scale);
   c.out("out", out).like(q).last_contiguous();
+  if (o.workspace && !c.on_cpu())
+    c.workspace(*o.workspace, attention_workspace_bytes(), "attention_workspace_bytes() long", 16);
   if (lse) {
     c.out("lse", *lse).dtype({DType::kF32});
     o.cu_seqlens_q ? c.out("lse", *lse).shape({Hq, total_q}) : c.out("lse", *lse).shape({B, Hq, Sq});
@@ -211,6 +216,12 @@ void attention(Stream stream, Tensor out, std::optional<Tensor> lse, Tensor q, T
   if (c.on_cpu()) return cpu::attention(p);
   if constexpr (kHasCuda) {
     DeviceGuard guard(q.device);
+    const cuda::DecodeHints hints{std::min(o.max_seqlen_k.value_or(p.k_len), p.k_len), o.num_splits, o.fresh_tokens,
+                                  o.batch_invariant, o.workspace ? o.workspace->data : nullptr};
+    if (const char* decode = cuda::attention_decode(stream, p, hints)) {
+      last_kernel = decode;
+      return;
+    }
     if (cuda::attention_prefill(stream, p)) {
       last_kernel = "FlashAttentionFwd";
       return;

@@ -30,9 +30,13 @@ struct AttentionOptions {
   Value<float> k_scale = 1.0f, v_scale = 1.0f;  // true value = stored * scale
 
   // Hints to the kernels of the GPU; on the CPU every result is batch invariant.
-  int64_t num_splits = 0;                    // 0: chosen by the library
-  std::optional<int64_t> fresh_tokens = {};  // only the newest so many keys may still be being written
+  int64_t num_splits = 0;  // 0: chosen by the library
+  // Only the newest so many keys may still be being written by the kernel before, which then must not be one that lets
+  // its successor start before its own wait (linear, MoE).
+  std::optional<int64_t> fresh_tokens = {};
   bool batch_invariant = false;
+  std::optional<Tensor> workspace = {};  // for CUDA, u8, attention_workspace_bytes() or more at a multiple of 16, with
+                                         // anything in it; without one, keys are not split over many blocks
 
   struct {
     const char* op = "attention";
@@ -44,7 +48,11 @@ struct AttentionOptions {
 KESTREL_API void attention(Stream stream, Tensor out, std::optional<Tensor> lse, Tensor q, Tensor k, Tensor v,
                            const AttentionOptions& options);
 
-// The kernel that this thread's latest attention() ran: "cpu", "FlashAttentionPlain" on CUDA, or "" before the first.
+KESTREL_API int64_t attention_workspace_bytes();  // the same for every call
+
+// The kernel that this thread's latest attention() ran: "cpu"; on CUDA "FlashAttentionPlain" or, for many queries,
+// "FlashAttentionFwd" or, for few, "FlashAttentionDecodeSm90" or "FlashAttentionDecodeSm90PersistentSplitFused" (keys
+// split, parts joined); "" before the first.
 KESTREL_API const char* last_attention_kernel();
 
 }  // namespace kestrel

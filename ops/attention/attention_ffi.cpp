@@ -8,12 +8,12 @@ namespace {
 enum class Face { kFunc, kVarlen, kKvCache };
 
 template <Face kFace>
-void flat(Stream stream, Tensor out, std::optional<Tensor> lse, Tensor q, Tensor k, Tensor v,
-          std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k, std::optional<int64_t> max_seqlen_q,
-          std::optional<int64_t> max_seqlen_k, std::optional<Tensor> seqused_k, std::optional<Tensor> page_table,
-          bool causal, std::optional<Value<int64_t>> prefix_len, std::optional<int64_t> window_left,
-          std::optional<int64_t> window_right, std::optional<float> softmax_scale, float softcap,
-          std::optional<Tensor> learnable_sink, std::optional<Value<float>> k_scale,
+void flat(Stream stream, Tensor out, std::optional<Tensor> lse, std::optional<Tensor> workspace, Tensor q, Tensor k,
+          Tensor v, std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
+          std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k, std::optional<Tensor> seqused_k,
+          std::optional<Tensor> page_table, bool causal, std::optional<Value<int64_t>> prefix_len,
+          std::optional<int64_t> window_left, std::optional<int64_t> window_right, std::optional<float> softmax_scale,
+          float softcap, std::optional<Tensor> learnable_sink, std::optional<Value<float>> k_scale,
           std::optional<Value<float>> v_scale, int64_t num_splits, std::optional<int64_t> fresh_tokens,
           bool batch_invariant) {
   AttentionOptions options{cu_seqlens_q,
@@ -33,7 +33,8 @@ void flat(Stream stream, Tensor out, std::optional<Tensor> lse, Tensor q, Tensor
                            v_scale.value_or(1.0f),
                            num_splits,
                            fresh_tokens,
-                           batch_invariant};
+                           batch_invariant,
+                           workspace};
   if (kFace == Face::kFunc) options.names.op = "flash_attn_func";
   if (kFace == Face::kVarlen) options.names.op = "flash_attn_varlen_func";
   if (kFace == Face::kKvCache) options.names = {"flash_attn_with_kvcache", "k_cache", "v_cache"};

@@ -10,6 +10,7 @@ namespace kestrel {
 struct AttentionStrides {
   int64_t batch, token, head;
   constexpr int64_t at(int64_t b, int64_t t, int64_t h) const { return b * batch + t * token + h * head; }
+  bool operator==(const AttentionStrides&) const = default;
 };
 
 struct AttentionProblem {

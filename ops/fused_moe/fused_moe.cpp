@@ -24,6 +24,7 @@ namespace cuda {
 void moe_align(Stream stream, const MoeAlignArgs& args);
 void fp8_quant(Stream stream, const Fp8QuantArgs& args);
 void moe(Stream stream, const MoeArgs& args);
+bool moe_warp_takes(const MoeArgs& args);
 void requantize(Stream stream, const RequantizeArgs& args);
 }  // namespace cuda
 
@@ -99,6 +100,10 @@ struct Steps {
     if (on_cpu) return cpu::requantize(args);
     if constexpr (kHasCuda) cuda::requantize(stream, args);
   }
+  bool takes_few(const MoeArgs& args) const {
+    if constexpr (kHasCuda) return !on_cpu && cuda::moe_warp_takes(args);
+    return false;
+  }
 };
 
 struct Layer {
@@ -112,6 +117,7 @@ struct Layer {
   Gate gate{};
   const float* topk_weights = nullptr;
   int64_t topk_weights_stride = 0;
+  int up_tile = -1, down_tile = -1;
 };
 
 void run(const Steps& step, const Layer& layer, char* memory) {
@@ -135,7 +141,6 @@ void run(const Steps& step, const Layer& layer, char* memory) {
   align.experts = s.experts;
   align.block_size = s.block_m;
   align.loras = 1;
-  step(align);
 
   // What both products share.
   MoeArgs args;
@@ -159,6 +164,7 @@ void run(const Steps& step, const Layer& layer, char* memory) {
   up.gate = layer.gate;
   up.width = s.inner;
   up.depth = s.hidden;
+  up.tile = layer.up_tile;
 
   MoeArgs down = args;
   down.out = layer.out;
@@ -172,6 +178,17 @@ void run(const Steps& step, const Layer& layer, char* memory) {
   down.workspace = Tensor(memory + l.work, DType::kU8, {l.parts_bytes}, device);
   down.width = s.hidden;
   down.depth = s.inner;
+  down.tile = layer.down_tile;
+
+  const auto mid_scale = reinterpret_cast<float*>(memory + l.mid_scale);
+  if (s.fp8) {
+    up.out = Tensor(memory + l.work, DType::kF32, {assignments, s.inner}, device);
+    up.out_rows = {assignments, assignments, l.gated_stride, 0};
+    down.x_scale = mid_scale;
+  } else {
+    up.out = Tensor(memory + l.mid, layer.dtype, {assignments, s.inner}, device);
+    up.out_rows = down.x_rows;
+  }
 
   if (s.fp8) {
     const auto scale = reinterpret_cast<float*>(memory + l.x_scale);
@@ -182,18 +199,29 @@ void run(const Steps& step, const Layer& layer, char* memory) {
     up.x = bits.data;
     up.x_rows = {s.tokens, s.tokens, l.x_stride, 0};
     up.x_scale = scale;
-    up.out = Tensor(memory + l.work, DType::kF32, {assignments, s.inner}, device);
-    up.out_rows = {assignments, assignments, l.gated_stride, 0};
-    step(up);
-    const auto mid_scale = reinterpret_cast<float*>(memory + l.mid_scale);
+  }
+
+  // At few tokens the products list the experts themselves, from the routing. The kernels before them trigger after
+  // their wait, or follow one that did: the routing is complete when they start, and is read before their own wait.
+  MoeArgs few_up = up, few_down = down;
+  for (MoeArgs* few : {&few_up, &few_down}) {
+    few->ids = align.ids;
+    few->ids_stride = align.ids_stride;
+    few->expert_map = align.expert_map;
+    few->routed = s.experts;
+    few->settled = true;
+  }
+  few_up.settled = s.fp8;
+  if (step.takes_few(few_up) && step.takes_few(few_down)) {
+    up = few_up;
+    down = few_down;
+  } else {
+    step(align);
+  }
+  step(up);
+  if (s.fp8)
     step(RequantizeArgs{reinterpret_cast<e4m3*>(memory + l.mid), mid_scale, up.out.ptr<float>(), l.mid_stride,
                         l.gated_stride, assignments, s.inner});
-    down.x_scale = mid_scale;
-  } else {
-    up.out = Tensor(memory + l.mid, layer.dtype, {assignments, s.inner}, device);
-    up.out_rows = down.x_rows;
-    step(up);
-  }
   step(down);
 }
 
@@ -206,16 +234,14 @@ int64_t fused_moe_workspace_bytes(int64_t tokens, int64_t slots, int64_t experts
 
 void fused_moe(Stream stream, Tensor out, std::optional<Tensor> workspace, Tensor x, Tensor w_up,
                std::optional<Tensor> w_up_scale, Tensor w_down, std::optional<Tensor> w_down_scale, Tensor topk_weights,
-               Tensor topk_ids, std::optional<Tensor> expert_map, int64_t block_m, std::string_view activation) {
+               Tensor topk_ids, std::optional<Tensor> expert_map, int64_t block_m, int64_t tile,
+               std::string_view activation) {
   Contract c("fused_moe");
   Layer layer;
   layer.out = out;
   layer.x = x;
   layer.topk_ids = topk_ids;
-  const std::optional<Gate> gate = gate_named(c, activation);
-  c.require(gate.has_value(), "activation", "gelu_residual, silu_and_mul, gelu_and_mul or gelu_tanh_and_mul",
-            std::string("none"));
-  layer.gate = *gate;
+  layer.gate = *gate_named(c, activation, false);
   c.require(w_up_scale.has_value() == w_down_scale.has_value(), "w_up_scale and w_down_scale must be given together");
   const bool fp8 = w_up_scale.has_value();
 
@@ -246,6 +272,14 @@ void fused_moe(Stream stream, Tensor out, std::optional<Tensor> workspace, Tenso
   }
   c.require(experts >= 1 && experts <= kMaxExperts, mapped ? "expert_map" : "w_up", "of 1 to 1024 experts", experts);
   c.require(block_m >= 1 && block_m <= kInt32Max, "block_m", "from 1 to 2^31 - 1", block_m);
+  MoeArgs tiled;  // what check_tile() wants to know
+  tiled.dtype = layer.dtype;
+  tiled.tokens = T;
+  tiled.block_m = block_m;
+  for (const bool is_down : {false, true}) {
+    check_tile(c, tile, {E, H, inner, layer.dtype}, is_down, &tiled);
+    (is_down ? layer.down_tile : layer.up_tile) = tiled.tile;
+  }
   layer.sizes = {T, K, experts, H, inner, block_m, fp8};
   c.require(T * K <= kInt32Max && layer.sizes.places() <= kInt32Max, "topk_ids",
             "of less than 2^31 elements, padded to whole blocks", layer.sizes.places());

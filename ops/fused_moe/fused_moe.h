@@ -9,6 +9,7 @@
 //   negative: adds nothing
 // G from 1 to 1024, other sizes any, zero too; T * K padded to blocks of block_m below 2^31. Leading dimensions
 // strided. out overlaps nothing else. The bits of a token depend on nothing but its own row, weights and experts.
+// block_m, tile: as in ops/moe, of both products.
 // workspace: u8, fused_moe_workspace_bytes() long, at a multiple of 16, of any contents; on the CPU none will do.
 #pragma once
 
@@ -25,6 +26,6 @@ KESTREL_API int64_t fused_moe_workspace_bytes(int64_t tokens, int64_t slots, int
 KESTREL_API void fused_moe(Stream stream, Tensor out, std::optional<Tensor> workspace, Tensor x, Tensor w_up,
                            std::optional<Tensor> w_up_scale, Tensor w_down, std::optional<Tensor> w_down_scale,
                            Tensor topk_weights, Tensor topk_ids, std::optional<Tensor> expert_map, int64_t block_m,
-                           std::string_view activation);
+                           int64_t tile, std::string_view activation);
 
 }  // namespace kestrel

@@ -43,8 +43,8 @@ __device__ __forceinline__ float scale_of(const RequantizeArgs& args, uint32_t m
 
 template <int kVectors>
 __global__ void __launch_bounds__(kThreads) requantize_kernel(const __grid_constant__ RequantizeArgs args) {
+  release_successor();  // at once: what down reads before its wait is older than up, which has triggered after its own
   wait_for_predecessor();
-  release_successor();
   const float* const row = args.values + blockIdx.x * args.values_stride;
   e4m3* const bits = args.bits + blockIdx.x * args.bits_stride;
   const int width = static_cast<int>(args.width);
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kThreads) requantize_kernel(const __grid_const
 
 template <int kVec>
 __global__ void __launch_bounds__(kThreads) requantize_reload_kernel(const __grid_constant__ RequantizeArgs args) {
+  release_successor();  // at once: what down reads before its wait is older than up, which has triggered after its own
   wait_for_predecessor();
-  release_successor();
   const float* const row = args.values + blockIdx.x * args.values_stride;
   e4m3* const bits = args.bits + blockIdx.x * args.bits_stride;
   uint32_t magnitude = 0;

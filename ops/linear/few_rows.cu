@@ -115,20 +115,29 @@ std::optional<FewRowsPlan> plan_of(const LinearArgs& a) {
                           : by_rows                   ? WeightCopy::kRows
                                                       : WeightCopy::kBox;
   if (rows <= 8) {
+    if (slabs > 5 && slabs <= 9 && tiles > sms && tiles <= 2 * sms)  // 3072 x 576: 1.72 us, with 9 warps 1.82
+      if (auto plan = lay_out(a, {kFourSteps, 5, copy, 2 * sms, kRingOfTwo, kHalfShared})) return plan;
     if (slabs <= 9 && tiles > sms)  // 1 x 49152 x 576: 13.4 us, with two blocks on an SM 13.9
       if (auto plan = lay_out(a, {kLightKernel, 9, copy, 3 * sms, kRingOfThree, kThirdShared})) return plan;
+    if (slabs > 36 && slabs <= 128 && tiles <= sms)  // 2048 x 8192: 8.50 us, x in shared memory 8.75
+      if (auto plan = lay_out(a, {kDeepKernel, 16, copy, sms, kMostShared, kMostShared})) return plan;
     if (by_rows && slabs == 32)
       if (auto plan = lay_out(a, {kLightKernel, 16, copy, sms, kRingOfOne, kMostShared})) return plan;
   }
   for (int i = 0; i < kFewRowsKernelCount; ++i) {  // the first that fits
     const FewRowsKernel& kernel = kFewRowsKernels[i];
-    if (i == kLightKernel || rows > 8 * kernel.groups ||
+    if (i == kLightKernel || i == kDeepKernel || rows > 8 * kernel.groups ||
         (kernel.input == InputPlace::kRegisters && slabs > kernel.steps * kernel.warps))
       continue;
     const auto most_warps = static_cast<uint32_t>(kernel.warps);
-    const uint32_t pairs = 2 * sms / 64 * 64;  // 256 blocks for 132 SMs: 1 to 4% faster than 264
-    if (tiles > sms && kernel.blocks > 1)
-      if (auto plan = lay_out(a, {i, most_warps, copy, pairs, kRingOfTwo, kHalfShared})) return plan;
+    if (tiles > sms && kernel.blocks > 1) {
+      const uint32_t pairs = 2 * sms / 64 * 64;  // 256 blocks for 132 SMs: 1 to 4% faster than 264
+      // Of 8192 x 2048 (2 tiles for each) a half more: 7.65 us instead of 8.07.
+      const bool more = rows <= 8 && tiles > pairs * 3 / 2 && tiles <= 2 * pairs;
+      // Deeper rings do good where blocks live long: 51200 x 2048 takes 46.3 us, with 64 KB 46.9.
+      const uint32_t ring = rows <= 8 && tiles >= 8 * pairs ? kRingOfOne : kRingOfTwo;
+      if (auto plan = lay_out(a, {i, most_warps, copy, more ? pairs * 3 / 2 : pairs, ring, kHalfShared})) return plan;
+    }
     const bool deep = kernel.input == InputPlace::kShared && slabs * kSlabBytes > kRingOfOne;
     if (auto plan = lay_out(a, {i, most_warps, copy, sms, deep ? kRingOfDeep : kRingOfOne, kMostShared})) return plan;
   }

@@ -26,8 +26,11 @@ struct FewRowsKernel {
 inline constexpr FewRowsKernel kFewRowsKernels[] = {
     {1, InputPlace::kRegisters, 2, 16, 2}, {1, InputPlace::kRegisters, 4, 9, 2}, {1, InputPlace::kShared, 1, 9, 2},
     {2, InputPlace::kRegisters, 2, 12, 2}, {2, InputPlace::kRegisters, 4, 8, 2}, {2, InputPlace::kStreamed, 4, 8, 1},
+    {1, InputPlace::kRegisters, 8, 16, 1},
 };
 inline constexpr int kLightKernel = 0;  // of few registers, up to 16 warps
+inline constexpr int kFourSteps = 1;
+inline constexpr int kDeepKernel = 6;
 inline constexpr int kFewRowsKernelCount = sizeof(kFewRowsKernels) / sizeof(FewRowsKernel);
 
 // How a granule of weights is fetched.

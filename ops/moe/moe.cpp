@@ -21,7 +21,7 @@ struct Alignment {
   Tensor topk_weights;
   std::optional<Tensor> topk_ids;
   Tensor sorted_token_ids, expert_ids, num_tokens_post_pad;
-  int64_t block_m;
+  int64_t block_m, tile;
 };
 
 void check_x(Contract& c, const Operand& x, MoeArgs* args) {
@@ -92,7 +92,10 @@ void check_indices(Contract& c, Stream stream, const Alignment& a, const MoeArgs
 
 void run(Stream stream, const Contract& c, const MoeArgs& args) {
   if (args.out.empty()) return;
-  if (c.on_cpu()) return cpu::moe(args);
+  if (c.on_cpu()) {
+    moe_note_kernel("cpu");
+    return cpu::moe(args);
+  }
   if constexpr (kHasCuda) {
     DeviceGuard guard(args.out.device);
     cuda::moe(stream, args);
@@ -103,7 +106,7 @@ void up(Contract& c, Stream stream, Tensor out, const Operand& x, const Operand&
         const Alignment& alignment, std::string_view activation) {
   MoeArgs args;
   args.out = out;
-  args.gate = gate_named(c, activation);
+  args.gate = gate_named(c, activation, true);
   args.panels = 2;
   check_x(c, x, &args);
   check_routing(c, alignment, &args);
@@ -121,6 +124,7 @@ void up(Contract& c, Stream stream, Tensor out, const Operand& x, const Operand&
     args.panel[1] = from_row(args.panel[0], args.width, args.dtype);
   }
   check_alignment(c, alignment, &args);
+  check_tile(c, alignment.tile, {args.experts, args.depth, args.width, args.dtype}, false, &args);
   check_out(c, x.scale ? DType::kBF16 : args.dtype, args.gate ? args.width : 2 * args.width, &args);
   check_indices(c, stream, alignment, args);
   run(stream, c, args);
@@ -145,6 +149,7 @@ void down(Contract& c, Stream stream, Tensor out, std::optional<Tensor> workspac
   args.experts = experts;
   args.width = rows;
   check_alignment(c, alignment, &args);
+  check_tile(c, alignment.tile, {args.experts, args.width, args.depth, args.dtype}, true, &args);
   check_out(c, x.scale ? DType::kBF16 : args.dtype, args.width, &args);
   if (reduce && !c.on_cpu() && !out.empty()) {
     c.require(workspace.has_value(), "workspace", "given for reduce on CUDA", std::string("none"));
@@ -158,24 +163,24 @@ void down(Contract& c, Stream stream, Tensor out, std::optional<Tensor> workspac
 
 void moe_up(Stream stream, Tensor out, Tensor hidden_states, Tensor w1, std::optional<Tensor> w2, Tensor topk_weights,
             std::optional<Tensor> topk_ids, Tensor sorted_token_ids, Tensor expert_ids, Tensor num_tokens_post_pad,
-            int64_t block_m, std::string_view activation) {
+            int64_t block_m, int64_t tile, std::string_view activation) {
   Contract c("moe_up");
   std::optional<Operand> second;
   if (w2) second.emplace(Operand{"w2", *w2});
   up(c, stream, out, {"hidden_states", hidden_states}, {"w1", w1}, second,
-     {topk_weights, topk_ids, sorted_token_ids, expert_ids, num_tokens_post_pad, block_m}, activation);
+     {topk_weights, topk_ids, sorted_token_ids, expert_ids, num_tokens_post_pad, block_m, tile}, activation);
 }
 
 void moe_up_fp8(Stream stream, Tensor out, Tensor hidden, Tensor hidden_scale, Tensor w1, Tensor w1_scale,
                 std::optional<Tensor> w2, std::optional<Tensor> w2_scale, Tensor topk_weights,
                 std::optional<Tensor> topk_ids, Tensor sorted_token_ids, Tensor expert_ids, Tensor num_tokens_post_pad,
-                int64_t block_m, std::string_view activation) {
+                int64_t block_m, int64_t tile, std::string_view activation) {
   Contract c("moe_up_fp8");
   c.require(w2.has_value() == w2_scale.has_value(), "w2 and w2_scale must be given together");
   std::optional<Operand> second;
   if (w2) second.emplace(Operand{"w2", *w2, "w2_scale", &*w2_scale});
   up(c, stream, out, {"hidden", hidden, "hidden_scale", &hidden_scale}, {"w1", w1, "w1_scale", &w1_scale}, second,
-     {topk_weights, topk_ids, sorted_token_ids, expert_ids, num_tokens_post_pad, block_m}, activation);
+     {topk_weights, topk_ids, sorted_token_ids, expert_ids, num_tokens_post_pad, block_m, tile}, activation);
 }
 
 int64_t moe_down_workspace_bytes(int64_t tokens, int64_t slots, int64_t hidden) {
@@ -186,20 +191,20 @@ int64_t moe_down_workspace_bytes(int64_t tokens, int64_t slots, int64_t hidden) 
 
 void moe_down(Stream stream, Tensor out, std::optional<Tensor> workspace, Tensor moe_out, Tensor w3,
               Tensor topk_weights, std::optional<Tensor> topk_ids, Tensor sorted_token_ids, Tensor expert_ids,
-              Tensor num_tokens_post_pad, int64_t block_m, bool reduce) {
+              Tensor num_tokens_post_pad, int64_t block_m, int64_t tile, bool reduce) {
   Contract c("moe_down");
   down(c, stream, out, workspace, {"moe_out", moe_out}, {"w3", w3},
-       {topk_weights, topk_ids, sorted_token_ids, expert_ids, num_tokens_post_pad, block_m}, reduce);
+       {topk_weights, topk_ids, sorted_token_ids, expert_ids, num_tokens_post_pad, block_m, tile}, reduce);
 }
 
 void moe_down_fp8(Stream stream, Tensor out, std::optional<Tensor> workspace, Tensor moe_out, Tensor moe_out_scale,
                   Tensor w3, Tensor w3_scale, Tensor topk_weights, std::optional<Tensor> topk_ids,
-                  Tensor sorted_token_ids, Tensor expert_ids, Tensor num_tokens_post_pad, int64_t block_m,
+                  Tensor sorted_token_ids, Tensor expert_ids, Tensor num_tokens_post_pad, int64_t block_m, int64_t tile,
                   bool reduce) {
   Contract c("moe_down_fp8");
   down(c, stream, out, workspace, {"moe_out", moe_out, "moe_out_scale", &moe_out_scale},
        {"w3", w3, "w3_scale", &w3_scale},
-       {topk_weights, topk_ids, sorted_token_ids, expert_ids, num_tokens_post_pad, block_m}, reduce);
+       {topk_weights, topk_ids, sorted_token_ids, expert_ids, num_tokens_post_pad, block_m, tile}, reduce);
 }
 
 }  // namespace kestrel

@@ -12,7 +12,9 @@
 #include "kestrel/hopper/warp.cuh"
 #include "kestrel/launch.h"
 #include "ops/activation/gate.cuh"
-#include "ops/moe/moe_args.h"
+#include "ops/moe/tile.h"
+#include "ops/moe/warp.h"
+#include "ops/moe/wgmma.h"
 
 namespace kestrel::cuda {
 namespace {
@@ -279,6 +281,9 @@ void run(Stream stream, const MoeArgs& a) {
 }  // namespace
 
 void moe(Stream stream, const MoeArgs& args) {
+  if (moe_warp(stream, args)) return moe_note_kernel("warp");
+  if (moe_wgmma(stream, args)) return moe_note_kernel("wgmma");
+  moe_note_kernel("plain");
   dispatch<bf16, f16, e4m3>(args.dtype, [&]<class T>() {
     if constexpr (dtype_of<T> == DType::kE4M3) {
       if (args.out.dtype == DType::kF32)  // for fused_moe

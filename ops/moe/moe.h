@@ -11,7 +11,10 @@
 //   expert expert_ids[b]; entries from num_tokens_post_pad on are not looked at; T*K is padding; an expert below 0 is
 //   none.
 // Any sizes, zero too; leading dimensions strided. Rows of out whose assignment is nowhere in the list are not written,
-// and add nothing where summed. out overlaps nothing else. An assignment's bits depend on nothing but its own row.
+// and add nothing where summed. out overlaps nothing else. An assignment's bits depend on nothing but its own row
+// and the kernel: on CUDA up to 64 tokens have their own (warp.cu says which).
+// tile: of those the kernels are compiled in, one that is block_m high, as moe_choice() names it; -1: chosen for this
+// block_m, which may be any. Other shapes than a tile takes run on a plain kernel.
 // workspace: for down with reduce on CUDA, u8, at a multiple of 16: moe_down_workspace_bytes() or any size that holds
 // 4 bytes for each assignment; smaller ones take more launches.
 #pragma once
@@ -22,24 +25,30 @@
 
 namespace kestrel {
 
+// The tiles that serve both products best, by the files of tuned shapes or else a rule, and the block to align for.
+struct MoeChoice {
+  int64_t block_m, up, down;
+};
+KESTREL_API MoeChoice moe_choice(int64_t tokens, int64_t experts, int64_t hidden, int64_t inner, DType dtype);
+
 KESTREL_API void moe_up(Stream stream, Tensor out, Tensor hidden_states, Tensor w1, std::optional<Tensor> w2,
                         Tensor topk_weights, std::optional<Tensor> topk_ids, Tensor sorted_token_ids, Tensor expert_ids,
-                        Tensor num_tokens_post_pad, int64_t block_m, std::string_view activation);
+                        Tensor num_tokens_post_pad, int64_t block_m, int64_t tile, std::string_view activation);
 
 KESTREL_API void moe_up_fp8(Stream stream, Tensor out, Tensor hidden, Tensor hidden_scale, Tensor w1, Tensor w1_scale,
                             std::optional<Tensor> w2, std::optional<Tensor> w2_scale, Tensor topk_weights,
                             std::optional<Tensor> topk_ids, Tensor sorted_token_ids, Tensor expert_ids,
-                            Tensor num_tokens_post_pad, int64_t block_m, std::string_view activation);
+                            Tensor num_tokens_post_pad, int64_t block_m, int64_t tile, std::string_view activation);
 
 KESTREL_API int64_t moe_down_workspace_bytes(int64_t tokens, int64_t slots, int64_t hidden);
 
 KESTREL_API void moe_down(Stream stream, Tensor out, std::optional<Tensor> workspace, Tensor moe_out, Tensor w3,
                           Tensor topk_weights, std::optional<Tensor> topk_ids, Tensor sorted_token_ids,
-                          Tensor expert_ids, Tensor num_tokens_post_pad, int64_t block_m, bool reduce);
+                          Tensor expert_ids, Tensor num_tokens_post_pad, int64_t block_m, int64_t tile, bool reduce);
 
 KESTREL_API void moe_down_fp8(Stream stream, Tensor out, std::optional<Tensor> workspace, Tensor moe_out,
                               Tensor moe_out_scale, Tensor w3, Tensor w3_scale, Tensor topk_weights,
                               std::optional<Tensor> topk_ids, Tensor sorted_token_ids, Tensor expert_ids,
-                              Tensor num_tokens_post_pad, int64_t block_m, bool reduce);
+                              Tensor num_tokens_post_pad, int64_t block_m, int64_t tile, bool reduce);
 
 }  // namespace kestrel

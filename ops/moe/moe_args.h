@@ -40,6 +40,14 @@ struct MoeArgs {
   const int32_t* num_tokens_post_pad = nullptr;
   int64_t positions = 0;  // the most that num_tokens_post_pad may say
   int64_t block_m = 1;
+  int tile = -1;  // moe_tile(), as high as block_m; -1: the kernels choose
+
+  // Of fused_moe at few tokens: the routing, of which moe_warp makes its own lists.
+  const int32_t* ids = nullptr;
+  int64_t ids_stride = 0;
+  const int32_t* expert_map = nullptr;
+  int64_t routed = 0;    // experts that ids name
+  bool settled = false;  // ids, or the alignment, are older than the preceding kernel
 
   int64_t assignments() const { return tokens * slots; }
 };

@@ -6,26 +6,28 @@
 
 #include "kestrel/contract.h"
 #include "ops/moe/moe_args.h"
+#include "ops/moe/tile.h"
 
 namespace kestrel {
 
+// The one place that knows the gates by name.
 struct NamedGate {
   std::string_view name;
   Gate value;
 };
 inline constexpr NamedGate kGates[] = {
-    {"gelu_residual", Gate::kGeluResidual},
-    {"silu_and_mul", Gate::kSilu},
-    {"gelu_and_mul", Gate::kGelu},
-    {"gelu_tanh_and_mul", Gate::kGeluTanh},
+    {"gelu_residual", Gate::kGeluResidual}, {"silu_and_mul", Gate::kSilu},          {"silu", Gate::kSilu},
+    {"gelu_and_mul", Gate::kGelu},          {"gelu_tanh_and_mul", Gate::kGeluTanh},
 };
 
-inline std::optional<Gate> gate_named(Contract& c, std::string_view name) {
-  if (name.empty()) return std::nullopt;
+inline std::optional<Gate> gate_named(Contract& c, std::string_view name, bool may_be_none) {
+  if (name.empty() && may_be_none) return std::nullopt;
   for (const NamedGate& g : kGates)
     if (g.name == name) return g.value;
-  c.require(false, "activation", "gelu_residual, silu_and_mul, gelu_and_mul, gelu_tanh_and_mul or none",
-            std::string(name));
+  c.require(false, "activation",
+            may_be_none ? "gelu_residual, silu, silu_and_mul, gelu_and_mul, gelu_tanh_and_mul or none"
+                        : "gelu_residual, silu, silu_and_mul, gelu_and_mul or gelu_tanh_and_mul",
+            name.empty() ? "none" : std::string(name));
   return std::nullopt;
 }
 
@@ -51,6 +53,18 @@ inline ExpertWeights check_weights(Contract& c, const Operand& w, const MoeArgs&
     weights.scale_stride = w.scale->stride[0];
   }
   return weights;
+}
+
+// Sets args->tile. The other fields are checked before.
+inline void check_tile(Contract& c, int64_t tile, const MoeLayerSizes& sizes, bool down, MoeArgs* args) {
+  if (tile < 0) {
+    args->tile = moe_tile_for(sizes, args->tokens, args->block_m, down);
+    return;
+  }
+  c.require(tile < moe_tile_count(), "tile", "below the number of compiled tiles", tile);
+  c.require(moe_tile(tile).takes(args->dtype), "tile", "one of this dtype's", tile);
+  c.require(moe_tile(tile).block_m == args->block_m, "block_m", "as high as the tile", args->block_m);
+  args->tile = static_cast<int>(tile);
 }
 
 // The rows of every expert from `row` on: the second half of two that stand in one tensor.

@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": ("kestrel_kernels._demo.command", "a language model answers a prompt through the ops of this package"),
     "info": ("kestrel_kernels._info", "versions, folders for builds against the package, what this machine offers"),
     "bench": ("kestrel_kernels._bench", "time the ops against their floor and against other libraries"),
+    "tune": ("kestrel_kernels._tune", "find the fastest tiles of the products of experts for a model's shape"),
 }
 
 

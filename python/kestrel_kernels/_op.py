@@ -99,6 +99,18 @@ def _requires_grad(args: Sequence[Any]) -> bool:
     return False
 
 
+_FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
+_constants: list[Callable[..., Any]] = []
+
+
+def constant_in_graphs(function: _FunctionT) -> _FunctionT:
+    """A decorator: while a graph is traced the function is called, not traced, with numbers and texts alone."""
+    _constants.append(function)
+    if _torch_types:
+        sys.modules["torch"].compiler.assume_constant_result(function)  # marks it, and returns it
+    return function
+
+
 def _know_torch(torch: Any) -> None:
     global _grad_enabled, _in_graph, _operator_types, _torch_types
     if _torch_types:
@@ -108,6 +120,8 @@ def _know_torch(torch: Any) -> None:
     _in_graph = torch.compiler.is_dynamo_compiling
     # Called while a graph is traced, not in the graph.
     _operator_types = torch.compiler.assume_constant_result(_operator_types)
+    for function in _constants:
+        torch.compiler.assume_constant_result(function)
 
 
 def _is(array: Any, module: str, name: str) -> bool:

@@ -1,10 +1,17 @@
-"""Mixture of experts: the up and the down product, each assignment of a token with its expert's weights.
+"""Mixture of experts: a whole layer in one call, and its up and down product, each assignment of a token with its
+expert's weights.
 
 T tokens, K experts a token, E experts (those whose weights are here), H hidden, I inner size: any, zero too. Sums,
-scales, gates and routing weights are fp32, rounded once for each array that is stored. The assignments come grouped by
-expert, as `kestrel_kernels.moe_align` gives them, in blocks of `config.block_m`, or of `get_cute_moe_block_m` for the
-weights' shapes where no config is given. Assignments that alignment left out add nothing to a sum; their rows of a
-result `[T, K, ...]` are unspecified. The bits of an assignment depend on its own row and its expert's weights alone.
+scales, gates and routing weights are fp32, rounded once for each array that is stored. The products take the
+assignments grouped by expert, as `kestrel_kernels.moe_align` gives them, in blocks of `config.block_m`, or of
+`get_cute_moe_block_m` for the weights' shapes where no config is given. Assignments that alignment left out add nothing
+to a sum; their rows of a result `[T, K, ...]` are unspecified. The bits of an assignment depend on its own row and its
+expert's weights alone.
+
+`fused_moe` is one call of the library, with all its intermediates in one workspace: the assignments are grouped by
+expert (as MegaBlocks has it, Gale et al. 2022, arXiv:2211.15841), the gate is applied to the fp32 sums of the first
+product, so that `[T, K, 2I]` is never in memory, and the K results of a token are summed in order in fp32 and rounded
+once. With e4m3 weights (W8A8) the activations are quantized by row before each product, the second time from fp32.
 
 Leading dimensions of activations and weights may be strided, the last is contiguous; `out` shares no memory with the
 other arrays. All indices lie in arrays: out of range they are a ValueError on the CPU, on the GPU with
@@ -13,15 +20,21 @@ other arrays. All indices lie in arrays: out of range they are a ValueError on t
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from pathlib import Path
 from typing import Any, overload
 
+from kestrel_kernels import moe_align
+from kestrel_kernels._moe_config import (
+    CuteMoeConfig,
+    block_and_tile,
+    dtype_of,
+    get_cute_moe_block_m,
+    get_cute_moe_config,
+)
 from kestrel_kernels._op import Array, ArrayT, Op, new_array, result, scratch, shape_of
 
 __all__ = [
     "CuteMoeConfig",
+    "fused_moe",
     "get_cute_moe_block_m",
     "get_cute_moe_config",
     "invoke_cute_moe_down",
@@ -30,140 +43,18 @@ __all__ = [
     "invoke_cute_moe_up_fp8",
 ]
 
-_TAIL = "topk_weights topk_ids sorted_token_ids expert_ids num_tokens_post_pad block_m"
+_fused_moe = Op(
+    "fused_moe",
+    "out workspace x w_up w_up_scale w_down w_down_scale topk_weights topk_ids expert_map block_m tile activation",
+    writes="out workspace",
+)
+_TAIL = "topk_weights topk_ids sorted_token_ids expert_ids num_tokens_post_pad block_m tile"
 _up = Op("moe_up", f"out hidden_states w1 w2 {_TAIL} activation", writes="out")
 _up_fp8 = Op("moe_up_fp8", f"out hidden hidden_scale w1 w1_scale w2 w2_scale {_TAIL} activation", writes="out")
 _down = Op("moe_down", f"out workspace moe_out w3 {_TAIL} reduce", writes="out workspace")
 _down_fp8 = Op(
     "moe_down_fp8", f"out workspace moe_out moe_out_scale w3 w3_scale {_TAIL} reduce", writes="out workspace"
 )
-
-_DTYPES = ("bf16", "fp16", "fp8")
-_KINDS = ("up", "down")
-
-
-@dataclasses.dataclass(frozen=True)
-class CuteMoeConfig:
-    """Which kernel makes a product, and in which tiles.
-
-    Today one plain kernel makes them all, which takes any `block_m` and nothing else from its config.
-
-    Attributes:
-        block_m: rows of a block of aligned assignments; up and down share it.
-        block_n: columns of a tile.
-        block_k: depth of a step.
-        num_warps: warps of a block.
-        num_stages: steps that are on their way from memory.
-        dtype: "bf16", "fp16" or "fp8".
-        kernel_type: "warp" or "wgmma".
-
-    Raises:
-        ValueError: a size below 1, or another name.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    dtype: str
-    kernel_type: str = "warp"
-
-    def __post_init__(self) -> None:
-        for name in ("block_m", "block_n", "block_k", "num_warps", "num_stages"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"CuteMoeConfig: {name} must be at least 1, got {getattr(self, name)}")
-        _check_name("CuteMoeConfig: dtype", self.dtype, _DTYPES)
-        _check_name("CuteMoeConfig: kernel_type", self.kernel_type, ("warp", "wgmma"))
-
-
-def _check_name(what: str, name: str, known: tuple[str, ...]) -> None:
-    if name not in known:
-        raise ValueError(f"{what} must be {', '.join(known[:-1])} or {known[-1]}, got {name!r}")
-
-
-_Shape = tuple[int, int, int, str]  # experts, hidden, intermediate, dtype
-_Choices = dict[str, list[tuple[int, CuteMoeConfig]]]  # kind -> (token count, config), ascending
-
-
-def _load_configs(folder: Path) -> dict[_Shape, _Choices]:
-    """All `*.json` of a folder, one for each model shape, dtype and GPU:
-
-    `{"gpu": ..., "num_experts": E, "hidden_size": H, "intermediate_size": I, "dtype": "fp8",`
-    `"tokens": {"1": {"up": {"block_m": 16, ...}, "down": {...}}, ...}}`
-    """
-    loaded: dict[_Shape, _Choices] = {}
-    for path in sorted(folder.glob("*.json")):
-        file = json.loads(path.read_text())
-        dtype = file["dtype"]
-        choices: _Choices = {kind: [] for kind in _KINDS}
-        for tokens, configs in sorted(file["tokens"].items(), key=lambda item: int(item[0])):
-            both = {kind: CuteMoeConfig(**configs[kind], dtype=dtype) for kind in _KINDS}
-            if both["up"].block_m != both["down"].block_m:
-                raise ValueError(f"{path}: up and down must share block_m, which they do not at {tokens} tokens")
-            for kind in _KINDS:
-                choices[kind].append((int(tokens), both[kind]))
-        loaded[file["num_experts"], file["hidden_size"], file["intermediate_size"], dtype] = choices
-    return loaded
-
-
-_configs = _load_configs(Path(__file__).parent / "configs")
-
-
-def _heuristic(num_tokens: int, num_experts: int, dtype: str) -> CuteMoeConfig:
-    """By the rows of an expert, were there eight experts a token. The tiles are those of ops/moe/tiles.json."""
-    rows = 8 * num_tokens / max(num_experts, 1)
-    block_m = 16 if rows <= 32 else 64 if rows <= 128 else 128
-    return CuteMoeConfig(block_m, 32, 256, 8, 1, dtype)
-
-
-def get_cute_moe_config(
-    kind: str, num_tokens: int, *, num_experts: int, hidden_size: int, intermediate_size: int, dtype: str
-) -> CuteMoeConfig:
-    """The config of a product: from the tuned file of this shape, by the nearest token count (of two as near the
-    smaller); where there is no file by a heuristic, for any shape.
-
-    Args:
-        kind: "up" or "down".
-        num_tokens: T.
-        num_experts: those whose weights are here.
-        hidden_size: H.
-        intermediate_size: I.
-        dtype: "bf16", "fp16" or "fp8".
-
-    Raises:
-        ValueError: another kind or dtype.
-    """
-    _check_name("get_cute_moe_config: kind", kind, _KINDS)
-    _check_name("get_cute_moe_config: dtype", dtype, _DTYPES)
-    choices = _configs.get((num_experts, hidden_size, intermediate_size, dtype), {}).get(kind)
-    if choices:
-        return min(choices, key=lambda choice: abs(choice[0] - num_tokens))[1]
-    return _heuristic(num_tokens, num_experts, dtype)
-
-
-def get_cute_moe_block_m(
-    num_tokens: int, *, num_experts: int, hidden_size: int, intermediate_size: int, dtype: str
-) -> int:
-    """The block size to align for, which up and down share. Arguments and errors of `get_cute_moe_config`."""
-    return get_cute_moe_config(
-        "up",
-        num_tokens,
-        num_experts=num_experts,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        dtype=dtype,
-    ).block_m
-
-
-def _block_m(config: CuteMoeConfig | None, tokens: int, experts: int, hidden: int, inner: int, dtype: str) -> int:
-    if config is not None:
-        return config.block_m
-    return get_cute_moe_block_m(tokens, num_experts=experts, hidden_size=hidden, intermediate_size=inner, dtype=dtype)
-
-
-def _dtype(array: Any) -> str:
-    return "bf16" if "bfloat16" in str(array.dtype) else "fp16"
 
 
 def _workspace(out: Any, reduce: bool, tokens: int, slots: int, hidden: int) -> Any:
@@ -183,11 +74,11 @@ def _run_up(
     tokens, hidden = shape_of(f"{op.name}: {'hidden' if fp8 else 'hidden_states'}", x[0], 2)[-2:]
     experts, rows = shape_of(f"{op.name}: w1", w[0], 3)[:2]
     inner = rows // 2 if w[len(x)] is None else rows
-    block_m = _block_m(config, tokens, experts, hidden, inner, "fp8" if fp8 else _dtype(x[0]))
+    block_m, tile = block_and_tile(config, tokens, experts, hidden, inner, "fp8" if fp8 else dtype_of(x[0]))
     to = out
     if to is None:
         to = new_array(x[0], (tokens, slots, inner if activation else 2 * inner), "bfloat16" if fp8 else None)
-    op(to, *x, *w, *tail, block_m, activation or "")
+    op(to, *x, *w, *tail, block_m, tile, activation or "")
     return result(to, x[0]) if out is None else out
 
 
@@ -198,12 +89,12 @@ def _run_down(
     tokens, slots = shape_of(f"{op.name}: topk_weights", tail[0], 2)[:2]
     shape_of(f"{op.name}: moe_out", x[0], 2)
     experts, hidden, inner = shape_of(f"{op.name}: w3", w3[0], 3)[:3]
-    block_m = _block_m(config, tokens, experts, hidden, inner, "fp8" if fp8 else _dtype(x[0]))
+    block_m, tile = block_and_tile(config, tokens, experts, hidden, inner, "fp8" if fp8 else dtype_of(x[0]))
     to = out
     if to is None:
         shape = (tokens, hidden) if reduce else (tokens, slots, hidden)
         to = new_array(x[0], shape, "bfloat16" if fp8 else None)
-    op(to, _workspace(to, reduce, tokens, slots, hidden), *x, *w3, *tail, block_m, bool(reduce))
+    op(to, _workspace(to, reduce, tokens, slots, hidden), *x, *w3, *tail, block_m, tile, bool(reduce))
     return result(to, x[0]) if out is None else out
 
 
@@ -221,7 +112,7 @@ def _up_form(
     num_tokens_post_pad: Any,
     *,
     out: Any = None,
-    config: CuteMoeConfig | None = None,
+    config: CuteMoeConfig | int | None = None,
     activation: str | None = None,
 ) -> Any:
     tail = (topk_weights, topk_ids, sorted_token_ids, expert_ids, num_tokens_post_pad)
@@ -237,7 +128,7 @@ def _up_low_form(
     sorted_token_ids: Any,
     expert_ids: Any,
     num_tokens_post_padded: Any,
-    config: CuteMoeConfig | None = None,
+    config: CuteMoeConfig | int | None = None,
 ) -> Any:
     tail = (topk_weights, None, sorted_token_ids, expert_ids, num_tokens_post_padded)
     return _run_up((A,), (B, None), tail, C, config, None)
@@ -257,7 +148,7 @@ def _up_fp8_form(
     num_tokens_post_pad: Any,
     *,
     out: Any = None,
-    config: CuteMoeConfig | None = None,
+    config: CuteMoeConfig | int | None = None,
     activation: str | None = None,
 ) -> Any:
     tail = (topk_weights, topk_ids, sorted_token_ids, expert_ids, num_tokens_post_pad)
@@ -275,7 +166,7 @@ def _up_fp8_low_form(
     sorted_token_ids: Any,
     expert_ids: Any,
     num_tokens_post_padded: Any,
-    config: CuteMoeConfig | None = None,
+    config: CuteMoeConfig | int | None = None,
 ) -> Any:
     tail = (topk_weights, None, sorted_token_ids, expert_ids, num_tokens_post_padded)
     return _run_up((A, A_scale), (B, B_scale, None, None), tail, C, config, None)
@@ -291,7 +182,7 @@ def _down_form(
     num_tokens_post_pad: Any,
     *,
     out: Any = None,
-    config: CuteMoeConfig | None = None,
+    config: CuteMoeConfig | int | None = None,
     reduce: bool = False,
 ) -> Any:
     tail = (topk_weights, topk_ids, sorted_token_ids, expert_ids, num_tokens_post_pad)
@@ -307,7 +198,7 @@ def _down_low_form(
     sorted_token_ids: Any,
     expert_ids: Any,
     num_tokens_post_padded: Any,
-    config: CuteMoeConfig | None = None,
+    config: CuteMoeConfig | int | None = None,
 ) -> Any:
     tail = (topk_weights, None, sorted_token_ids, expert_ids, num_tokens_post_padded)
     return _run_down((A,), (B,), tail, C, config, False)
@@ -325,7 +216,7 @@ def _down_fp8_form(
     num_tokens_post_pad: Any,
     *,
     out: Any = None,
-    config: CuteMoeConfig | None = None,
+    config: CuteMoeConfig | int | None = None,
     reduce: bool = False,
 ) -> Any:
     tail = (topk_weights, topk_ids, sorted_token_ids, expert_ids, num_tokens_post_pad)
@@ -343,7 +234,7 @@ def _down_fp8_low_form(
     sorted_token_ids: Any,
     expert_ids: Any,
     num_tokens_post_padded: Any,
-    config: CuteMoeConfig | None = None,
+    config: CuteMoeConfig | int | None = None,
 ) -> Any:
     tail = (topk_weights, None, sorted_token_ids, expert_ids, num_tokens_post_padded)
     return _run_down((A, A_scale), (B, B_scale), tail, C, config, False)
@@ -361,7 +252,7 @@ def invoke_cute_moe_up(
     num_tokens_post_pad: Array,
     *,
     out: Array | None = None,
-    config: CuteMoeConfig | None = None,
+    config: CuteMoeConfig | int | None = None,
     activation: str | None = None,
 ) -> ArrayT: ...
 @overload
@@ -374,7 +265,7 @@ def invoke_cute_moe_up(
     sorted_token_ids: Array,
     expert_ids: Array,
     num_tokens_post_padded: Array,
-    config: CuteMoeConfig | None = None,
+    config: CuteMoeConfig | int | None = None,
 ) -> ArrayT: ...
 def invoke_cute_moe_up(*args: Any, **keywords: Any) -> Any:
     """out[t, k] = x[t] w1ᵀ in the first half, x[t] w2ᵀ in the second, with the weights of expert topk_ids[t, k]; or the
@@ -388,9 +279,10 @@ def invoke_cute_moe_up(*args: Any, **keywords: Any) -> Any:
         topk_ids: `[T, K]`, int32, or None; the alignment says all that it could.
         sorted_token_ids, expert_ids, num_tokens_post_pad: int32, of `moe_align_block_size`.
         out: `[T, K, 2I]`, with a gate `[T, K, I]`, as hidden_states; written. None: allocated.
-        config: what the ids were aligned for; None: see the module.
-        activation: None, or a gate of `kestrel_kernels.activation` by name: `gelu_residual`, `silu_and_mul`,
-            `gelu_and_mul`, `gelu_tanh_and_mul`.
+        config: what the ids were aligned for: a compiled tile; or a block size, any, for which the library chooses the
+            tile; None: see the module.
+        activation: None, or a gate of `kestrel_kernels.activation` by name: `gelu_residual`, `silu_and_mul` (or
+            `silu`), `gelu_and_mul`, `gelu_tanh_and_mul`.
 
     The low-level form `(A, B, C, *, topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, config)` has
     A `[T, H]`, B `[E, 2I, H]` and C `[T, K, 2I]`, or None.
@@ -420,7 +312,7 @@ def invoke_cute_moe_up_fp8(
     num_tokens_post_pad: Array,
     *,
     out: Array | None = None,
-    config: CuteMoeConfig | None = None,
+    config: CuteMoeConfig | int | None = None,
     activation: str | None = None,
 ) -> ArrayT: ...
 @overload
@@ -435,7 +327,7 @@ def invoke_cute_moe_up_fp8(
     sorted_token_ids: Array,
     expert_ids: Array,
     num_tokens_post_padded: Array,
-    config: CuteMoeConfig | None = None,
+    config: CuteMoeConfig | int | None = None,
 ) -> ArrayT: ...
 def invoke_cute_moe_up_fp8(*args: Any, **keywords: Any) -> Any:
     """`invoke_cute_moe_up` of e4m3 operands (float8_e4m3fn, or their bits as uint8), bf16 out.
@@ -465,7 +357,7 @@ def invoke_cute_moe_down(
     num_tokens_post_pad: Array,
     *,
     out: Array | None = None,
-    config: CuteMoeConfig | None = None,
+    config: CuteMoeConfig | int | None = None,
     reduce: bool = False,
 ) -> ArrayT: ...
 @overload
@@ -478,7 +370,7 @@ def invoke_cute_moe_down(
     sorted_token_ids: Array,
     expert_ids: Array,
     num_tokens_post_padded: Array,
-    config: CuteMoeConfig | None = None,
+    config: CuteMoeConfig | int | None = None,
 ) -> ArrayT: ...
 def invoke_cute_moe_down(*args: Any, **keywords: Any) -> Any:
     """out[t, k] = topk_weights[t, k] * (moe_out[t, k] w3ᵀ); with `reduce` the sum of that over k, in order.
@@ -517,7 +409,7 @@ def invoke_cute_moe_down_fp8(
     num_tokens_post_pad: Array,
     *,
     out: Array | None = None,
-    config: CuteMoeConfig | None = None,
+    config: CuteMoeConfig | int | None = None,
     reduce: bool = False,
 ) -> ArrayT: ...
 @overload
@@ -532,7 +424,7 @@ def invoke_cute_moe_down_fp8(
     sorted_token_ids: Array,
     expert_ids: Array,
     num_tokens_post_padded: Array,
-    config: CuteMoeConfig | None = None,
+    config: CuteMoeConfig | int | None = None,
 ) -> ArrayT: ...
 def invoke_cute_moe_down_fp8(*args: Any, **keywords: Any) -> Any:
     """`invoke_cute_moe_down` of e4m3 operands (float8_e4m3fn, or their bits as uint8), bf16 out.
@@ -547,3 +439,84 @@ def invoke_cute_moe_down_fp8(*args: Any, **keywords: Any) -> Any:
     `(A, A_scale, B, B_scale, C, *, ...)`.
     """
     return (_down_fp8_low_form if "num_tokens_post_padded" in keywords else _down_fp8_form)(*args, **keywords)
+
+
+def _layer_workspace_bytes(
+    tokens: int, slots: int, num_experts: int, hidden: int, inner: int, block_m: int, fp8: bool
+) -> int:
+    """kestrel::fused_moe_workspace_bytes(), again: torch.compile cannot ask the library."""
+    assignments = tokens * slots
+    places = assignments + min(assignments, num_experts) * (block_m - 1)
+    if places >= 2**31:
+        return 0  # the library names what is out of range
+    row = (inner + 15) // 16 * 16
+    sizes = [
+        4 * places, 4 * (places // block_m), 4, moe_align.workspace_bytes(assignments, num_experts),
+        assignments * row * (1 if fp8 else 2),
+    ]  # fmt: skip
+    gated = 0
+    if fp8:
+        sizes += [4 * assignments, tokens * ((hidden + 15) // 16 * 16), 4 * tokens]
+        gated = 4 * assignments * ((inner + 3) // 4 * 4)
+    parts = min(4 * assignments * hidden, max(256 << 20, 4 * assignments * 32))
+    return sum((size + 127) // 128 * 128 for size in (*sizes, max(gated, parts)))
+
+
+def fused_moe(
+    x: ArrayT,
+    w_up: Array,
+    w_down: Array,
+    topk_weights: Array,
+    topk_ids: Array,
+    *,
+    activation: str = "gelu_residual",
+    w_up_scale: Array | None = None,
+    w_down_scale: Array | None = None,
+    expert_map: Array | None = None,
+    config: CuteMoeConfig | int | None = None,
+    out: Array | None = None,
+) -> ArrayT:
+    """out[t] = sum over k of topk_weights[t, k] * gate(x[t] w_upᵀ) w_downᵀ, with the weights of expert topk_ids[t, k].
+
+    The bits of a token's result depend on its own row, its weights and its experts alone.
+
+    Args:
+        x: `[T, H]`, bf16 or fp16.
+        w_up: `[E, 2I, H]`, dtype of x: the rows that the gate bends, then those that multiply. With scales e4m3 (or its
+            bits as uint8).
+        w_down: `[E, H, I]`, as w_up.
+        topk_weights: `[T, K]`, fp32.
+        topk_ids: `[T, K]`, int32; ids of no expert add nothing.
+        activation: a gate of `kestrel_kernels.activation` by name: `gelu_residual`, `silu_and_mul` (or `silu`),
+            `gelu_and_mul`, `gelu_tanh_and_mul`.
+        w_up_scale, w_down_scale: `[E, 2I]` and `[E, H]`, fp32, a scale for each output channel; both or none. With them
+            x is quantized for each token, and the gated value, in fp32, for each assignment: to e4m3 with the scale
+            max(absmax / 448, 1e-6).
+        expert_map: `[G]`, int32, G the number of experts that topk_ids know, or None or empty (G = E): the place of
+            each in w_up and w_down, or -1 for an expert that lives elsewhere, whose assignments add nothing.
+        config: the tile of both products, or a block size, any; None: the choice of `get_cute_moe_config` for each.
+        out: `[T, H]`, dtype of x, with scales bf16; written. None: allocated. It shares no memory with the others.
+
+    G is from 1 to 1024; the other sizes are any, zero too. Rows and experts may be strided.
+
+    Returns:
+        out.
+
+    Raises:
+        TypeError: a dtype that is not taken, or an immutable `out`.
+        ValueError: a shape, stride, alignment, device or activation that does not fit; a place in expert_map that w_up
+            lacks (on the GPU with `KESTREL_CHECK=1`; else its assignments add nothing).
+    """
+    fp8 = w_up_scale is not None
+    tokens, hidden = shape_of("fused_moe: x", x, 2)[-2:]
+    experts, rows = shape_of("fused_moe: w_up", w_up, 3)[:2]
+    slots = shape_of("fused_moe: topk_ids", topk_ids, 2)[1]
+    block_m, tile = block_and_tile(config, tokens, experts, hidden, rows // 2, "fp8" if fp8 else dtype_of(x))
+    routed = experts if expert_map is None else shape_of("fused_moe: expert_map", expert_map)[0] or experts
+    to: Any = new_array(x, (tokens, hidden), "bfloat16" if fp8 else None) if out is None else out
+    workspace = scratch(to, _layer_workspace_bytes(tokens, slots, routed, hidden, rows // 2, block_m, fp8))
+    _fused_moe(
+        to, workspace, x, w_up, w_up_scale, w_down, w_down_scale, topk_weights, topk_ids, expert_map, block_m,
+        tile, activation or "",
+    )  # fmt: skip
+    return result(to, x) if out is None else out

@@ -34,12 +34,25 @@ class Clock:
     most_sets: int
     most_bytes: int  # of all sets together
 
-    def sets_for(self, set_bytes: int) -> int:
-        wanted = -(-3 * self.cache // max(set_bytes, 1)) + 1
+    def sets_for(self, set_bytes: int, touched: int) -> int:
+        """How many sets, of which a call touches some bytes, go round before one comes from a cache."""
+        wanted = -(-3 * self.cache // max(min(touched, set_bytes), 1)) + 1
         return max(2, min(wanted, self.most_sets, self.most_bytes // max(set_bytes, 1)))
 
     def time(self, calls: Sequence[Call]) -> tuple[float, float]:
         """Microseconds of a call, cold and warm; a call per set of arguments, the first of which serves the warm."""
+        raise NotImplementedError
+
+    def cold(self, calls: Sequence[Call]) -> float:
+        """The first of them alone."""
+        raise NotImplementedError
+
+    def hurry(self) -> None:
+        """From now on fewer repetitions."""
+        raise NotImplementedError
+
+    def once(self, call: Call) -> float:
+        """Microseconds of a single call, its launch included: a first idea."""
         raise NotImplementedError
 
     def synchronize(self) -> None:
@@ -86,6 +99,9 @@ class CudaClock(Clock):
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
+
+    def hurry(self) -> None:
+        self.replays = 5
 
     def _wake(self, seconds: float = 0.4) -> None:
         """Until the clocks stand where they stay under load."""
@@ -158,10 +174,18 @@ class CudaClock(Clock):
         slow = self._events(calls[0], 5) > 500
         warm_count = 10 if slow else 100
         warm = self._replay(self._graph(calls[:1], warm_count), warm_count, cold=False)
+        return self._cold(calls, slow), warm
+
+    def cold(self, calls: Sequence[Call]) -> float:
+        return self._cold(calls, self.once(calls[0]) > 500)
+
+    def once(self, call: Call) -> float:
+        return self._events(call, 3)
+
+    def _cold(self, calls: Sequence[Call], slow: bool) -> float:
         rounds = max(1, -(-(10 if slow else 40) // len(calls)))
         count = rounds * len(calls)
-        cold = self._replay(self._graph(calls, count), count, cold=True)
-        return cold, warm
+        return self._replay(self._graph(calls, count), count, cold=True)
 
     def bandwidth(self) -> float:
         # The best that bulk copies were seen to read on an H200; elsewhere what a large sum reads.
@@ -202,6 +226,9 @@ class CpuClock(Clock):
         self._bandwidth = 0.0
         self._peak = 0.0
 
+    def hurry(self) -> None:
+        self.passes, self.seconds, self.most_sets = 3, 0.05, 4
+
     def _passes(self, calls: Sequence[Call], count: int, cold: bool) -> float:
         took = []
         end = time.monotonic() + self.seconds
@@ -218,14 +245,20 @@ class CpuClock(Clock):
 
     def time(self, calls: Sequence[Call]) -> tuple[float, float]:
         calls[0]()
-        start = time.perf_counter()
-        calls[0]()
-        once = time.perf_counter() - start
+        count = max(1, min(200, int(self.seconds / 10 * 1e6 / self.once(calls[0]))))
         with _no_garbage_collection():
-            warm = self._passes(calls[:1], max(1, min(200, int(self.seconds / 10 / once))), cold=False)
-            count = max(2, min(len(calls), int(self.seconds / 3 / once)))
-            cold = self._passes(calls, count, cold=True)
-        return cold, warm
+            warm = self._passes(calls[:1], count, cold=False)
+        return self.cold(calls), warm
+
+    def cold(self, calls: Sequence[Call]) -> float:
+        count = max(2, min(len(calls), int(self.seconds / 3 * 1e6 / self.once(calls[0]))))
+        with _no_garbage_collection():
+            return self._passes(calls, count, cold=True)
+
+    def once(self, call: Call) -> float:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e6
 
     def bandwidth(self) -> float:
         if not self._bandwidth:

@@ -73,9 +73,10 @@ class Entry:
     function: str = ""  # below kestrel_kernels, "activation.gelu_residual_cuda"
     arguments: str = ""  # what it takes, by the names of the set, in order; "out=" is passed by keyword
     outputs: ClassVar[str] = "out"  # filled with NaN before the check
-    tolerance: ClassVar[float] = 3e-3  # of rel_err; rounding to bf16 alone gives 1.7e-3 over many elements
+    tolerance: float = 3e-3  # of rel_err; rounding to bf16 alone gives 1.7e-3 over many elements
     products: str = ""  # "bf16" or "fp8" where matrix units do the work: the floor then counts operations
     small: ClassVar[tuple[str, ...]] = ()  # further cases, tiny and odd, for the tests and the sanitizer
+    resident: ClassVar[tuple[str, ...]] = ()  # the same in each set: what the kernel before has just written
     bare: ClassVar[tuple[str, ...]] = ()  # peers that do the op's products alone: timed beside it, but no rivals
     compiles: ClassVar[bool] = True  # False where torch.compile takes minutes for `eager`
     host_case: ClassVar[str] = ""  # the case whose cost on the caller's thread is measured too

@@ -67,7 +67,9 @@ def _row(entry: Entry, clock: Clock, peers: str, notes: list[str]) -> results.Ro
     make = Maker(clock.device)
     first = entry.inputs(make)
     error = check(entry, first)
-    sets = [first, *(entry.inputs(make) for _ in range(clock.sets_for(nbytes(first)) - 1))]
+    kept = {name: first[name] for name in entry.resident}
+    count = clock.sets_for(nbytes(first) - nbytes(kept), entry.bytes)
+    sets = [first, *(entry.inputs(make) | kept for _ in range(count - 1))]
     for s in sets:
         entry.steady(s)
     cold, warm = clock.time([entry.bound(s) for s in sets])

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from kestrel_kernels import _library
-from kestrel_kernels._op import Array, Op, new_array, result, shape_of
+from kestrel_kernels._op import Array, Op, new_array, result, scratch, shape_of
 
 __all__ = [
     "flash_attn_func",
@@ -25,14 +25,17 @@ __all__ = [
 ]
 
 _ARGUMENTS = (
-    "out lse q {k} {v} cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_k page_table causal prefix_len "
-    "window_left window_right softmax_scale softcap learnable_sink k_scale v_scale num_splits fresh_tokens "
+    "out lse workspace q {k} {v} cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_k page_table causal "
+    "prefix_len window_left window_right softmax_scale softcap learnable_sink k_scale v_scale num_splits fresh_tokens "
     "batch_invariant"
 )
-_func = Op("flash_attn_func", _ARGUMENTS.format(k="k", v="v"), writes="out lse")
-_varlen = Op("flash_attn_varlen_func", _ARGUMENTS.format(k="k", v="v"), writes="out lse")
-_with_kvcache = Op("flash_attn_with_kvcache", _ARGUMENTS.format(k="k_cache", v="v_cache"), writes="out lse")
+_func = Op("flash_attn_func", _ARGUMENTS.format(k="k", v="v"), writes="out lse workspace")
+_varlen = Op("flash_attn_varlen_func", _ARGUMENTS.format(k="k", v="v"), writes="out lse workspace")
+_with_kvcache = Op("flash_attn_with_kvcache", _ARGUMENTS.format(k="k_cache", v="v_cache"), writes="out lse workspace")
 _merge_state = Op("merge_state", "out lse out_a lse_a out_b lse_b", writes="out lse")
+
+# kestrel::attention_workspace_bytes(): decoding, 16 queries at most, may split the keys and keep the parts there.
+WORKSPACE_BYTES = 8 << 20
 
 
 def _attention(
@@ -57,8 +60,9 @@ def _attention(
     lse = None
     if return_lse:
         lse = new_array(q, (shape[1], shape[0]) if packed else (shape[0], shape[2], shape[1]), "float32")
+    workspace = scratch(written, WORKSPACE_BYTES) if not packed and shape[1] <= 16 else None
     causal, prefix_len, *scales = mask_and_scales
-    op(written, lse, q, *k_to_page_table, causal, prefix_len, *window_size, *scales, *hints)
+    op(written, lse, workspace, q, *k_to_page_table, causal, prefix_len, *window_size, *scales, *hints)
     given = out if out is not None else result(written, q)
     return (given, result(lse, q)) if return_lse else given
 
@@ -197,9 +201,12 @@ def flash_attn_with_kvcache(
             all that the table, or the cache, can hold.
         max_seqlen_k: the host's bound on the lengths; None: what the table can hold.
         fresh_tokens: only the newest so many tokens of a sequence may still be being written by the kernel before this
-            one; None: all. Without effect on the CPU.
-        batch_invariant: fix the split of the keys, so that a request's bits do not depend on its neighbours. On the CPU
-            they never do.
+            one; None: all. Older tokens, lengths and page table are then read while that kernel still runs. It must not
+            be one that lets its successor start before its own turn has come: a product of `linear`, `fused_mlp` or the
+            MoE. (In practice it is `rope_and_cache`.) None is always right. Without effect on the CPU.
+        batch_invariant: fix the split of the keys, so that a request's bits depend on its own length and the room for
+            it alone (max_pages * page_size), not on its neighbours. On the CPU they never do. On the GPU it costs what
+            the best split for the batch would have gained.
         The others, the result and the errors: those of `flash_attn_func`.
     """
     return _attention(
@@ -211,8 +218,10 @@ def flash_attn_with_kvcache(
 
 
 def last_kernel() -> str:
-    """The kernel that this thread's latest call of the three functions ran: "cpu" for CPU arrays,
-    "FlashAttentionPlain" on CUDA, "" before any."""
+    """The kernel that this thread's latest call of the three functions ran: "cpu" for CPU arrays; on CUDA
+    "FlashAttentionPlain" or, for many queries, "FlashAttentionFwd" or, for up to 16 a sequence,
+    "FlashAttentionDecodeSm90" or "FlashAttentionDecodeSm90PersistentSplitFused", which splits the keys and joins the
+    parts; "" before any."""
     return str(_library.load().last_attention_kernel())
 
 

@@ -17,6 +17,7 @@ class Linear(Entry):
     function = "fused_linear_residual_ops.linear_into"
     arguments = "out x w"
     products = "bf16"
+    resident: ClassVar[tuple[str, ...]] = ("x",)  # few rows: only the weights go round
     small: ClassVar[tuple[str, ...]] = ("1x1x1", "3x5x7", "1x64x96", "17x130x72")
 
     rows: int
@@ -53,6 +54,7 @@ class Linear(Entry):
 
 class FusedLinearResidual(Linear):
     op = "fused_linear_residual"
+    resident: ClassVar[tuple[str, ...]] = ()
     function = "fused_linear_residual_ops.fused_linear_bias_residual_into"
     arguments = "x w b residual out"
     bare = ("cublas",)

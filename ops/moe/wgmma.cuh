@@ -1,0 +1,557 @@
+// Both products by wgmma, out^T = w x^T: weights are a (64 rows to a wgmma, by TMA), rows of x its b (in steps of 16,
+// as many as the tile has; gathered with cp.async), so that padding costs next to nothing. Persistent blocks; a stage
+// of the ring is 128 bytes of depth of both. One warp streams weights and does not stop between tiles, three gather x,
+// a consumer warpgroup has 128 rows of weights or, under a gate, 64 of either panel: both of a pair in one thread. e4m3
+// is added up in fp32 after 128 of depth: the tensor core keeps 13 bits. Bound by the weights' bytes to about 700
+// tokens; then, up in fp8 of 64 experts: 740 tokens 80 us, 69 without finish(), 73 without products, 76 without x (an
+// earlier 2048 tokens: 170, 146, 119, 140): finish() stands between a group's products, and weights and x fill the way
+// from L2.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "kestrel/hopper/divide.cuh"
+#include "kestrel/hopper/mma.cuh"
+#include "kestrel/hopper/pdl.cuh"
+#include "kestrel/hopper/vec.cuh"
+#include "kestrel/hopper/weight_stream.cuh"
+#include "kestrel/hopper/wgmma.cuh"
+#include "kestrel/launch.h"
+#include "kestrel/tensor_map.h"
+#include "ops/activation/gate.cuh"
+#include "ops/moe/wgmma.h"
+#include "ops/moe/wgmma_runs.cuh"
+
+namespace kestrel::cuda {
+
+enum class Finish { kPlain, kErfGate, kSigmoidGate };
+
+// Rows of 16 bytes' multiples.
+struct ChunkRows {
+  Divider<uint32_t> inner;
+  int64_t inner_stride = 0, outer_stride = 0;  // in chunks of 16 bytes
+
+  __device__ __forceinline__ uint32_t chunk(uint32_t row) const {
+    uint32_t outer, rest;
+    inner(row, &outer, &rest);
+    return static_cast<uint32_t>(outer * outer_stride + rest * inner_stride);
+  }
+};
+
+template <class T, class Out>
+struct WgmmaArgs {
+  CUtensorMap map[2];
+  Out* out;
+  const T* x;
+  const float *x_scale, *scale[2], *topk_weights;
+  int64_t scale_stride[2], topk_weights_stride;
+  ChunkRows out_rows, x_rows;
+  Divider<uint32_t> slots, slots_per_row;
+  List list;
+  int32_t width, depth, panels, blocks_per_panel;
+  float residual;  // what a gate adds to its second factor
+  bool tanh;
+  bool several;                        // tiles of an expert, most likely; or
+  bool one;                            // for each
+  uint64_t weight_policy, out_policy;  // in L2
+};
+
+constexpr int kProducerThreads = 128, kGatherThreads = 96, kInfos = 3;
+constexpr int kUnitBytes = 64 * 128;  // of a stage: 64 rows of weights
+constexpr uint32_t kNone = ~0u;
+
+template <class Tile>
+struct Shape {
+  static constexpr int kThreads = kProducerThreads + 128 * Tile::kGroups, kUnits = 2 * Tile::kGroups;
+  static constexpr int kWeightBytes = kUnits * kUnitBytes, kStageBytes = kWeightBytes + Tile::kTokens * 128;
+
+  // What the rows of a tile are, from the gathering warps to the consumers.
+  struct Info {
+    uint32_t x[Tile::kTokens], out[Tile::kTokens];  // in 16 bytes; kNone: not a row
+    float factor[Tile::kTokens];
+    int32_t rows[4];  // the last row that is one, plus 1, for each gathering warp
+  };
+  struct Shared {
+    unsigned char ring[Tile::kStages * kStageBytes];
+    unsigned char staged[Tile::kGroups][2 * 4096];
+    uint64_t barriers[2 * (Tile::kStages + kInfos)];
+    Info info[kInfos];
+    Runs<Tile::kRuns, Tile::kTokens> runs;
+  };
+  static constexpr size_t kSharedBytes = sizeof(Shared) + 1024;
+  static_assert((kSharedBytes + 1024) * Tile::kBlocks <= 228 * 1024, "as many blocks on an SM");
+};
+
+template <class Tile>
+struct Rings {
+  Ring stages, infos;
+  __device__ __forceinline__ explicit Rings(typename Shape<Tile>::Shared* shared)
+      : stages{shared_address(shared->ring), shared_address(shared->barriers), Tile::kStages, Shape<Tile>::kStageBytes},
+        infos{0, shared_address(shared->barriers + 2 * Tile::kStages), kInfos, 0} {}
+  __device__ __forceinline__ void init() const {
+    for (int i = 0; i < Tile::kStages; ++i) {
+      init_barrier(stages.barriers + i * 16, 1 + kGatherThreads);
+      init_barrier(stages.barriers + i * 16 + 8, 4 * Tile::kGroups);
+    }
+    for (int i = 0; i < kInfos; ++i) {
+      init_barrier(infos.barriers + i * 16, kGatherThreads);
+      init_barrier(infos.barriers + i * 16 + 8, 4 * Tile::kGroups);
+    }
+    fence_init_barrier();
+  }
+};
+
+// Where a block of weights stands: panel and row, of a gate in both panels.
+template <class Tile, Finish kFinish, class Args>
+__device__ __forceinline__ void locate(const Args& args, int32_t panel_block, int32_t* panel, int32_t* row) {
+  constexpr int kRows = (kFinish == Finish::kPlain ? 128 : 64) * Tile::kGroups;
+  *panel = kFinish == Finish::kPlain && panel_block >= args.blocks_per_panel ? 1 : 0;
+  *row = (panel_block - *panel * args.blocks_per_panel) * kRows;
+}
+
+// One thread.
+template <class Tile, Finish kFinish, class T, class Out>
+__device__ __forceinline__ void stream_weights(const WgmmaArgs<T, Out>& args, const auto& runs, Ring& ring) {
+  constexpr bool kPlain = kFinish == Finish::kPlain;
+  constexpr int kDepth = 128 / sizeof(T), kUnits = Shape<Tile>::kUnits;
+  const int32_t steps = (args.depth + kDepth - 1) / kDepth;
+  int run = 0;
+  TileWork work;
+  for (uint32_t round = 0; runs.get(own_tile(round), &run, &work); ++round) {
+    int32_t panel, row;
+    locate<Tile, kFinish>(args, work.panel_block, &panel, &row);
+    for (int32_t step = 0; step < steps; ++step) {
+      wait_barrier(ring.empty(), ring.parity ^ 1);
+      arrive_expecting(ring.full(), Shape<Tile>::kWeightBytes);
+#pragma unroll
+      for (int unit = 0; unit < kUnits; ++unit) {
+        copy_box_kept(ring.address() + unit * kUnitBytes, &args.map[kPlain ? panel : unit % 2], step * kDepth,
+                      row + (kPlain ? unit : unit / 2) * 64, work.expert, 0, ring.full(), args.weight_policy);
+      }
+      ring.advance();
+    }
+  }
+}
+
+// Before the wait: the first weights of this block on their way to L2, if each expert has one tile as most have with
+// many tokens. If not, they are read for nothing, a few of them.
+template <class Tile, Finish kFinish, class T, class Out>
+__device__ __forceinline__ void prefetch_weights(const WgmmaArgs<T, Out>& args, int32_t panel_blocks) {
+  constexpr bool kPlain = kFinish == Finish::kPlain;
+  constexpr int kDepth = 128 / sizeof(T), kUnits = Shape<Tile>::kUnits;
+  const int32_t expert = static_cast<int32_t>(blockIdx.x) / panel_blocks;
+  if (expert >= args.list.experts) return;
+  int32_t panel, row;
+  locate<Tile, kFinish>(args, static_cast<int32_t>(blockIdx.x) % panel_blocks, &panel, &row);
+  for (int step = 0; step < Tile::kStages && step * kDepth < args.depth; ++step)
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit)
+      prefetch_box(&args.map[kPlain ? panel : unit % 2], step * kDepth, row + (kPlain ? unit : unit / 2) * 64, expert,
+                   0);
+}
+
+// Three warps. Lanes 8i to 8i + 7 copy the 128 bytes of a row.
+template <class Tile, class T, class Out>
+__device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const auto& runs,
+                                            typename Shape<Tile>::Info* infos, Ring& ring, Ring& info_ring) {
+  constexpr int kDepth = 128 / sizeof(T), kVec = kVec16<T>;
+  constexpr int kOwn = (Tile::kTokens + kGatherThreads - 1) / kGatherThreads;
+  constexpr int kRowsAtOnce = kGatherThreads / 8, kPasses = (Tile::kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
+  const int thread = threadIdx.x - kWarp, lane = thread % kWarp;
+  const int32_t steps = (args.depth + kDepth - 1) / kDepth;
+  const uint32_t row0 = thread / 8, chunk = thread % 8;
+  // Rows go by 12, so that the swizzle of every other pass differs in bit 2 alone.
+  const uint32_t to = Shape<Tile>::kWeightBytes + row0 * 128 + ((chunk ^ (row0 & 7)) << 4);
+
+  int run = 0;
+  TileWork work;
+  uint32_t round = 0;
+  bool more = runs.get(own_tile(round), &run, &work);
+  int32_t ids[kOwn];
+  const auto load_ids = [&] {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int32_t row = thread + i * kGatherThreads;
+      ids[i] = more && row < work.rows ? args.list.sorted_token_ids[work.first + row] : -1;
+    }
+  };
+  load_ids();
+  while (more) {
+    auto& info = infos[info_ring.stage];
+    wait_barrier(info_ring.empty(), info_ring.parity ^ 1);
+    float factor[kOwn];
+    int32_t last = 0;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int32_t row = thread + i * kGatherThreads;
+      const bool valid = ids[i] >= 0 && ids[i] < args.list.assignments;
+      const uint32_t found = __ballot_sync(~0u, valid);
+      if (found) last = row - lane + kWarp - __clz(found);
+      uint32_t x_row, slot;
+      args.slots_per_row(ids[i], &x_row, &slot);
+      factor[i] = 1;
+      if (valid) {
+        if constexpr (sizeof(T) == 1) factor[i] = args.x_scale[x_row];
+        if (args.topk_weights) {
+          uint32_t token;
+          args.slots(ids[i], &token, &slot);
+          factor[i] *= args.topk_weights[token * args.topk_weights_stride + slot];
+        }
+      }
+      if (row < Tile::kTokens) {
+        info.x[row] = valid ? args.x_rows.chunk(x_row) : kNone;
+        info.out[row] = valid ? args.out_rows.chunk(ids[i]) : kNone;
+      }
+    }
+    if (lane == 0) info.rows[thread / kWarp] = last;
+    sync_threads(2, kGatherThreads);
+    uint32_t from[kPasses];
+#pragma unroll
+    for (int p = 0; p < kPasses; ++p) {
+      const uint32_t row = row0 + p * kRowsAtOnce;
+      from[p] = row < Tile::kTokens ? info.x[row] : kNone;
+    }
+    more = runs.get(own_tile(++round), &run, &work);
+    load_ids();
+
+    for (int32_t step = 0; step < steps; ++step) {
+      const bool inside = step * kDepth + static_cast<int32_t>(chunk) * kVec < args.depth;
+      const char* const x = reinterpret_cast<const char*>(args.x) + (inside ? step * 128 + chunk * 16 : 0);
+      wait_barrier(ring.empty(), ring.parity ^ 1);
+      const uint32_t address = ring.address() + to;
+#pragma unroll
+      for (int p = 0; p < kPasses; ++p)
+        if (from[p] != kNone)
+          copy_async((p % 2 ? address ^ 64 : address) + p * kRowsAtOnce * 128, x + uint64_t{from[p]} * 16,
+                     inside ? 16 : 0);
+      arrive_after_copies(ring.full());
+      ring.advance();
+      if (step == 0) {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i)
+          if (thread + i * kGatherThreads < Tile::kTokens) info.factor[thread + i * kGatherThreads] = factor[i];
+        arrive(info_ring.full());
+      }
+    }
+    info_ring.advance();
+  }
+}
+
+template <int kN, int kMost>
+__device__ __forceinline__ float (&first_of(float (&sums)[kMost]))[kN] {
+  return reinterpret_cast<float(&)[kN]>(sums);
+}
+
+// sums[t] = weights of unit t of this group times kN rows of x, over the whole depth. Each stage is waited for: the
+// other group keeps the tensor cores busy, and the stage is free as soon as it can be.
+template <class T, int kN, int kMost>
+__device__ __forceinline__ void multiply(float (&sums)[2][kMost], int group, uint32_t weight_bytes, int32_t steps,
+                                         Ring& ring) {
+  const bool first_lane = threadIdx.x % kWarp == 0;
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) sums[t][i] = 0;
+  for (int32_t step = 0; step < steps; ++step) {
+    wait_barrier(ring.full(), ring.parity);
+    const uint64_t a = k_major(ring.address() + group * 2 * kUnitBytes), b = k_major(ring.address() + weight_bytes);
+    if constexpr (sizeof(T) == 1) {
+      // While one product runs, the one before it is added up: of two units, or of four halves where the registers
+      // do not hold two.
+      constexpr int kPart = kN <= 80 ? kN : kN / 2, kParts = 2 * kN / kPart;
+      float part[2][kPart / 2];
+      const auto add = [&](int p) {
+#pragma unroll
+        for (int i = 0; i < kPart / 2; ++i) sums[p * kPart / kN][p * kPart % kN / 2 + i] += part[p % 2][i];
+      };
+#pragma unroll
+      for (int p = 0; p < kParts; ++p) {
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          wgmma<T, kPart>(part[p % 2], advance(a, p * kPart / kN * kUnitBytes + k * 32),
+                          advance(b, p * kPart % kN * 128 + k * 32), k > 0);
+        wgmma_commit();
+        if (p == 0) continue;
+        wgmma_wait<1>();
+        add(p - 1);
+      }
+      wgmma_wait<0>();
+      if (first_lane) arrive(ring.empty());
+      add(kParts - 1);
+    } else {
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int t = 0; t < 2; ++t)
+          wgmma<T, kN>(first_of<kN / 2>(sums[t]), advance(a, t * kUnitBytes + k * 32), advance(b, k * 32), true);
+      wgmma_commit();
+      wgmma_wait<0>();
+      if (first_lane) arrive(ring.empty());
+    }
+    ring.advance();
+  }
+}
+
+template <class Out, Finish kFinish>
+__device__ __forceinline__ float apply_finish(const auto& args, float a, float b) {
+  if constexpr (kFinish == Finish::kErfGate) {
+    const float g = gelu<Out>(a);
+    return fmaf(g, b, g * args.residual);
+  } else {
+    const float slope = args.tanh ? -2.30220820f * fmaf(0.044715f * a, a, 1.0f) : -1.44269504f;
+    return a * fast_reciprocal(1.0f + fast_exp2(slope * a)) * b;
+  }
+}
+
+// The 16 values that a thread has of 32 rows from `base` on.
+template <int kFrom = 0, int kMost>
+__device__ __forceinline__ void take_rows(float (&values)[2][16], const float (&sums)[2][kMost], int base) {
+  if constexpr (kFrom + 16 < kMost)
+    if (base != 2 * kFrom) return take_rows<kFrom + 16>(values, sums, base);
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int i = 0; i < 16; ++i) values[t][i] = kFrom + i < kMost ? sums[t][min(kFrom + i, kMost - 1)] : 0;
+}
+
+// To out: two sums of their own, or one of both, 128 or 64 columns of the group. Its values are turned round by way of
+// shared memory, some rows at a time, and leave in whole lines; 32 bytes at a time they took as long as the products.
+// A loop over 32 rows at a time, not unrolled: straight code for 128 rows is read from memory for every tile.
+template <Finish kFinish, int kMost, class T, class Out>
+__device__ __forceinline__ void finish(const WgmmaArgs<T, Out>& args, const float (&sums)[2][kMost],
+                                       const float (&scale)[2][2], const auto& info, int32_t rows, uint32_t staged,
+                                       int group, int32_t panel, int32_t column, uint32_t* buffer) {
+  constexpr bool kPlain = kFinish == Finish::kPlain, kScaled = sizeof(T) == 1, kShort = sizeof(Out) == 2;
+  constexpr int kResults = kPlain ? 2 : 1, kRows = kShort ? 16 : 8;
+  constexpr uint32_t kRowBytes = kResults * 64 * sizeof(Out), kChunks = kRowBytes / 16;
+  uint32_t thread = threadIdx.x % 128;
+  compute_now(thread);  // what follows from it is not kept in registers while products run
+  const uint32_t lane = thread % kWarp, warp = thread / kWarp, g = lane / 4, q = lane % 4;
+  // Chunk c of row r lies at chunk c ^ turn(r).
+  const auto turn = [](uint32_t row) { return kShort ? row % 8 : row / 2 % 4 * 2; };
+  const uint32_t write_row = lane / 16 * 8 + lane % 8, write_chunk = warp * 2 + lane / 8 % 2;
+  const uint32_t write = staged + write_row * kRowBytes + ((write_chunk ^ turn(write_row)) << 4);
+  const uint32_t read_row = thread / kChunks, read_chunk = thread % kChunks;
+  char* const out = reinterpret_cast<char*>(args.out + int64_t{panel} * args.width + column) + read_chunk * 16;
+  const bool inside = column + static_cast<int32_t>(read_chunk * (16 / sizeof(Out))) < args.width;
+
+#pragma unroll 1
+  for (int base = 0; base < rows; base += 32) {
+    float values[2][16];  // of rows 8 (i / 4) + 2 q + i % 2, columns g + 8 (i / 2 % 2)
+    take_rows(values, sums, base);
+#pragma unroll
+    for (int i = 0; i < 16; i += 2) {
+      float2 factor = {1, 1};
+      if constexpr (kScaled || kPlain)
+        factor = *reinterpret_cast<const float2*>(&info.factor[base + i / 4 * 8 + q * 2]);
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        if constexpr (kScaled || kPlain) {
+          values[t][i] *= factor.x;
+          values[t][i + 1] *= factor.y;
+        }
+        if constexpr (kScaled) {
+          values[t][i] *= scale[t][i / 2 % 2];
+          values[t][i + 1] *= scale[t][i / 2 % 2];
+        }
+      }
+      if constexpr (!kPlain) {
+        values[0][i] = apply_finish<Out, kFinish>(args, values[0][i], values[1][i]);
+        values[0][i + 1] = apply_finish<Out, kFinish>(args, values[0][i + 1], values[1][i + 1]);
+      }
+    }
+#pragma unroll
+    for (int some = 0; some < 32; some += kRows) {
+      if (base + some >= rows) break;  // the same for the whole group
+      const uint32_t to = *buffer * 4096;
+      *buffer ^= 1;
+#pragma unroll
+      for (int result = 0; result < kResults; ++result) {
+        const float* const v = &values[result][some / 2];
+        if constexpr (kShort) {
+          store_transposed(write + to + result * 128, from_float2<Out>(v[0], v[1]), from_float2<Out>(v[2], v[3]),
+                           from_float2<Out>(v[4], v[5]), from_float2<Out>(v[6], v[7]));
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const uint32_t row = q * 2 + i % 2, chunk = result * 16 + warp * 4 + i / 2 * 2 + g / 4;
+            store_shared(staged + to + row * kRowBytes + ((chunk ^ turn(row)) << 4) + g % 4 * 4, v[i]);
+          }
+        }
+      }
+      sync_threads(4 + group, 128);
+#pragma unroll
+      for (int i = 0; i < kResults; ++i) {
+        const uint32_t row = read_row + i * (128 / kChunks);
+        const uint4 chunk = load_shared(staged + to + row * kRowBytes + ((read_chunk ^ turn(row)) << 4));
+        const uint32_t place = info.out[base + some + row];
+        if (place != kNone && inside) store_global(out + uint64_t{place} * 16, chunk, args.out_policy);
+      }
+    }
+  }
+}
+
+template <class Tile, Finish kFinish, class T, class Out>
+__device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename Shape<Tile>::Shared* shared, Ring& ring,
+                                        Ring& info_ring) {
+  constexpr bool kPlain = kFinish == Finish::kPlain;
+  const int warp = threadIdx.x / kWarp - kProducerThreads / kWarp, lane = threadIdx.x % kWarp;
+  const int group = Tile::kGroups == 1 ? 0 : warp / 4;
+  const int32_t steps = (args.depth + 128 / sizeof(T) - 1) / (128 / sizeof(T));
+  const uint32_t staged = shared_address(shared->staged[group]);
+  uint32_t buffer = 0;
+  int run = 0;
+  TileWork work;
+  for (uint32_t round = 0; shared->runs.get(own_tile(round), &run, &work); ++round) {
+    int32_t panel, row;
+    locate<Tile, kFinish>(args, work.panel_block, &panel, &row);
+    const int32_t column = row + group * (kPlain ? 128 : 64);
+    float scale[2][2];
+    if constexpr (sizeof(T) == 1) {
+#pragma unroll
+      for (int t = 0; t < 2; ++t)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int from = kPlain ? panel : t;
+          const int32_t c = min(column + (kPlain ? t * 64 : 0) + warp % 4 * 16 + h * 8 + lane / 4, args.width - 1);
+          scale[t][h] = args.scale[from][work.expert * args.scale_stride[from] + c];
+        }
+    }
+    const auto& info = shared->info[info_ring.stage];
+    wait_barrier(info_ring.full(), info_ring.parity);
+    const int32_t rows = max(info.rows[0], max(info.rows[1], info.rows[2]));
+    float sums[2][Tile::kTokens / 2];
+    const auto multiply_by = [&]<int kN>() { multiply<T, kN>(sums, group, Shape<Tile>::kWeightBytes, steps, ring); };
+    const int sixteens = max((rows + 15) / 16, 1);
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+      ((sixteens == i + 1 ? (multiply_by.template operator()<16 * (i + 1)>(), true) : false) || ...);
+    }
+    (std::make_integer_sequence<int, Tile::kTokens / 16>());
+    finish<kFinish>(args, sums, scale, info, rows, staged, group, panel, column, &buffer);
+    __syncwarp();
+    if (lane == 0) arrive(info_ring.empty());
+    info_ring.advance();
+  }
+}
+
+template <class T, class Out, class Tile, Finish kFinish>
+__global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
+    moe_wgmma_kernel(const __grid_constant__ WgmmaArgs<T, Out> args) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  constexpr int kThreads = Shape<Tile>::kThreads;
+  release_successor();  // nothing may be assumed complete before a wait
+  extern __shared__ unsigned char unaligned[];
+  auto* const shared = reinterpret_cast<typename Shape<Tile>::Shared*>(
+      unaligned + ((shared_address(unaligned) + 1023) / 1024 * 1024 - shared_address(unaligned)));
+  Rings<Tile> rings(shared);
+  if (threadIdx.x == 0) rings.init();
+  const auto panel_blocks = [&] { return args.blocks_per_panel * (kFinish == Finish::kPlain ? args.panels : 1); };
+  if (args.one && threadIdx.x == kWarp) prefetch_weights<Tile, kFinish>(args, panel_blocks());
+  __syncthreads();
+  wait_for_predecessor();
+
+  const int warp = threadIdx.x / kWarp;
+  if (warp < kProducerThreads / kWarp) {
+    if constexpr (Tile::kBlocks == 1) leave_registers<56>();
+    for (int32_t block = 0; block >= 0;) {
+      shared->runs.build(args.list, block, panel_blocks(), args.several);
+      sync_threads(3, kThreads);
+      if (warp > 0)
+        gather_rows<Tile>(args, shared->runs, shared->info, rings.stages, rings.infos);
+      else if (threadIdx.x == 0)
+        stream_weights<Tile, kFinish>(args, shared->runs, rings.stages);
+      block = shared->runs.next_block;
+      __syncwarp();
+      if (block >= 0) sync_threads(3, kThreads);
+    }
+  } else {
+    if constexpr (Tile::kBlocks == 1) take_registers<224>();
+    for (int32_t block = 0; block >= 0;) {
+      sync_threads(3, kThreads);
+      consume<Tile, kFinish>(args, shared, rings.stages, rings.infos);
+      block = shared->runs.next_block;
+      __syncwarp();
+      if (block >= 0) sync_threads(3, kThreads);
+    }
+  }
+#endif
+}
+
+template <class T, class Out, class Tile, Finish kFinish>
+void launch_finish(Stream stream, const MoeArgs& a, const WgmmaArgs<T, Out>& args) {
+  const int64_t tiles = (a.positions / Tile::kTokens + a.positions / a.block_m + 1) * args.blocks_per_panel * a.panels;
+  const int64_t blocks = std::min<int64_t>(tiles, int64_t{sm_count()} * Tile::kBlocks);
+  launch<moe_wgmma_kernel<T, Out, Tile, kFinish>>(stream, {blocks, Shape<Tile>::kThreads, 1, Shape<Tile>::kSharedBytes},
+                                                  args);
+}
+
+inline ChunkRows chunk_rows(const Rows& rows, int64_t size) {
+  ChunkRows chunks;
+  chunks.inner = Divider<uint32_t>(std::max<int64_t>(1, rows.inner));
+  chunks.inner_stride = rows.inner_stride * size / 16;
+  chunks.outer_stride = rows.outer_stride * size / 16;
+  return chunks;
+}
+
+template <class T, class Out, class Tile>
+void launch_tile(Stream stream, const MoeArgs& a) {
+  WgmmaArgs<T, Out> args{};
+  const int rows = (a.gate ? 64 : 128) * Tile::kGroups;
+  for (int i = 0; i < 2; ++i) {
+    const ExpertWeights& w = a.panel[i < a.panels ? i : 0];
+    const int64_t row_stride = a.width == 1 ? a.depth : w.row_stride;
+    const int64_t expert_stride = a.experts == 1 ? row_stride * a.width : w.expert_stride;
+    args.map[i] = tensor_map({dtype_of<T>,
+                              w.data,
+                              {a.depth, a.width, a.experts, 1},
+                              {1, row_stride, expert_stride, expert_stride},
+                              {128 / sizeof(T), 64, 1, 1}});
+    args.scale[i] = w.scale;
+    args.scale_stride[i] = w.scale_stride;
+  }
+  args.out = a.out.ptr<Out>();
+  args.x = static_cast<const T*>(a.x);
+  args.x_scale = a.x_scale;
+  args.topk_weights = a.topk_weights;
+  args.topk_weights_stride = a.topk_weights_stride;
+  args.out_rows = chunk_rows(a.out_rows, sizeof(Out));
+  args.x_rows = chunk_rows(a.x_rows, sizeof(T));
+  args.slots = Divider<uint32_t>(a.slots);
+  args.slots_per_row = Divider<uint32_t>(a.slots_per_row);
+  args.list = {a.sorted_token_ids,
+               a.expert_ids,
+               a.num_tokens_post_pad,
+               static_cast<int32_t>(a.positions),
+               static_cast<int32_t>(ceil_div(a.positions, a.block_m)),
+               static_cast<int32_t>(a.block_m),
+               static_cast<int32_t>(a.assignments()),
+               static_cast<int32_t>(a.experts)};
+  args.width = static_cast<int32_t>(a.width);
+  args.depth = static_cast<int32_t>(a.depth);
+  args.panels = a.panels;
+  args.blocks_per_panel = static_cast<int32_t>(ceil_div(a.width, rows));
+  args.residual = a.gate == Gate::kGeluResidual ? 1 : 0;
+  args.tanh = a.gate == Gate::kGeluTanh;
+  args.several = 4 * a.assignments() > 3 * a.experts * Tile::kTokens;
+  args.one = !args.several && a.assignments() >= 6 * a.experts;
+  // Weights that are read once do not drive out what the next kernel reads: 3% at 64 tokens.
+  args.weight_policy = args.several ? kKeepAsUsual : kEvictFirst;
+  args.out_policy = args.several ? kKeepAsUsual : kEvictLast;
+  if constexpr (sizeof(T) == 1 || sizeof(Out) == 2) {
+    if (a.gate == Gate::kGeluResidual || a.gate == Gate::kGelu)
+      return launch_finish<T, Out, Tile, Finish::kErfGate>(stream, a, args);
+    if (a.gate) return launch_finish<T, Out, Tile, Finish::kSigmoidGate>(stream, a, args);
+  }
+  launch_finish<T, Out, Tile, Finish::kPlain>(stream, a, args);
+}
+
+template <class T, class Tile>
+void launch_moe_wgmma(Stream stream, const MoeArgs& a) {
+  using Short = std::conditional_t<sizeof(T) == 1, bf16, T>;
+  a.out.dtype == DType::kF32 ? launch_tile<T, float, Tile>(stream, a) : launch_tile<T, Short, Tile>(stream, a);
+}
+
+}  // namespace kestrel::cuda

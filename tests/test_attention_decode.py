@@ -1,0 +1,183 @@
+"""flash_attn_with_kvcache for few queries, decoding and speculative tokens, over every layout and on every backend. On
+CUDA also the kernels' promises: graphs replayed with other lengths, the same bits again and whatever the neighbours,
+keys that the kernel before has only just written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kestrel_kernels import kv_cache_write
+from kestrel_kernels.flash_attn import cute
+from support import BACKENDS, HALVES, Backend, random
+from test_attention import Case
+
+LENGTHS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300]
+SPLIT = "FlashAttentionDecodeSm90PersistentSplitFused"
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data(), backend=st.sampled_from(BACKENDS))
+def test_combinations(data: st.DataObject, backend: Backend) -> None:
+    draw = data.draw
+    len_q = draw(st.sampled_from([1, 1, 1, 2, 4, 7, 16]))
+    lengths = [(len_q, draw(st.sampled_from(LENGTHS))) for _ in range(draw(st.integers(1, 4)))]
+    k_heads, group = draw(st.sampled_from([1, 2, 3, 4, 8])), draw(st.sampled_from([1, 1, 2, 3, 4, 8, 9]))
+    options: dict[str, Any] = {"causal": draw(st.booleans())}
+    if draw(st.integers(0, 3)) == 0:
+        options["prefix_len"] = draw(
+            st.integers(0, 160) | st.lists(st.integers(0, 160), min_size=len(lengths), max_size=len(lengths))
+        )
+    if draw(st.integers(0, 2)) == 0:
+        side = st.none() | st.integers(-1, 140)
+        options["window_size"] = draw(st.tuples(side, side))
+    if draw(st.integers(0, 3)) == 0:
+        options["softcap"] = draw(st.floats(0.5, 20.0))
+    if draw(st.integers(0, 3)) == 0:
+        options["learnable_sink"] = random((k_heads * group,)).astype(np.float32)
+    if draw(st.integers(0, 3)) == 0:
+        options |= {"k_scale": 0.25, "v_scale": 1.5}
+    case = Case(
+        lengths, (k_heads * group, k_heads), draw(st.sampled_from([16, 64, 64, 72, 80, 96, 128, 128])),
+        draw(st.sampled_from(HALVES)), draw(st.sampled_from([None, None, "float8_e4m3fn"])),
+        page_size=draw(st.sampled_from([0, 1, 1, 2, 7, 16, 64])), spare=draw(st.sampled_from([0, 5, 700])),
+        options=options, seed=draw(st.integers(0, 99)),
+    )  # fmt: skip
+    case.hints = {
+        "num_splits": draw(st.sampled_from([0, 0, 0, 1, 2, 5, 31])),
+        "fresh_tokens": draw(st.sampled_from([None, None, 0, 1, 40])),
+        "batch_invariant": draw(st.sampled_from([False, False, True])),
+    }
+    case.check(backend)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn"])
+@pytest.mark.parametrize(("heads", "width"), [((64, 1), 64), ((32, 32), 64), ((32, 8), 128), ((9, 3), 64)])
+@pytest.mark.parametrize("batch", [1, 5, 40])
+def test_sizes(backend: Backend, batch: int, heads: tuple[int, int], width: int, kv_dtype: str | None) -> None:
+    """What the rule chooses between, one query each and lengths far apart."""
+    lengths = [(1, LENGTHS[i % len(LENGTHS)] if batch > 1 else 900) for i in range(batch)]
+    if backend.device == "cpu" and batch == 40:
+        lengths = lengths[:7]
+    Case(lengths, heads, width, "bfloat16", kv_dtype, page_size=1, options={"causal": True}).check(backend)
+
+
+class Cache:
+    """Sequences of up to `room` tokens in shuffled pages, on CUDA; q for one token each."""
+
+    def __init__(self, batch: int, room: int, heads: tuple[int, int] = (8, 8), page: int = 1, seed: int = 0) -> None:
+        import torch
+
+        generator = torch.Generator("cuda").manual_seed(seed)
+        pages = batch * room // page
+        self.k, self.v = (
+            torch.randn(pages, page, heads[1], 64, device="cuda", generator=generator).bfloat16() for _ in range(2)
+        )
+        self.q = torch.randn(batch, 1, heads[0], 64, device="cuda", generator=generator).bfloat16()
+        order = torch.randperm(pages, device="cuda", generator=generator).int()
+        self.table = order.view(batch, room // page)
+        self.used = torch.full((batch,), room, dtype=torch.int32, device="cuda")
+
+    def attend(self, rows: Any = slice(None), **options: Any) -> Any:
+        return cute.flash_attn_with_kvcache(
+            self.q[rows], self.k, self.v, self.table[rows], self.used[rows], causal=True, return_lse=True, **options
+        )
+
+
+def cuda_only(backend: Backend) -> None:
+    if backend.name != "torch-cuda":
+        pytest.skip("graphs and streams are torch's here")
+
+
+@pytest.mark.parametrize("options", [{}, {"num_splits": 7}, {"fresh_tokens": 1}, {"batch_invariant": True}])
+@pytest.mark.parametrize(("batch", "room"), [(1, 8192), (1, 1024), (6, 6000)])
+def test_replays(backend: Backend, batch: int, room: int, options: dict[str, Any]) -> None:
+    """A captured graph serves other lengths, and gives the same bits every time."""
+    cuda_only(backend)
+    import torch
+
+    cache = Cache(batch, room)
+    cache.attend(**options)
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out, lse = cache.attend(**options)
+    for lengths in ([room] * batch, list(range(1, batch + 1)), [0, room // 2, room, 33, 1, 900][:batch]):
+        cache.used.copy_(torch.tensor(lengths))
+        graph.replay()
+        want, want_lse = cache.attend(**options)
+        assert torch.equal(out, want) and torch.equal(lse, want_lse)
+        q, table = cache.q.double(), cache.table.long()
+        for i, n in enumerate(lengths):
+            k, v = (x[table[i, :n], 0].double() for x in (cache.k, cache.v))
+            scores = torch.einsum("hd,thd->ht", q[i, 0], k) / 8
+            true = torch.einsum("ht,thd->hd", scores.softmax(1), v)
+            assert (out[i, 0] - true).abs().max() <= 0.01 * max(1.0, float(true.abs().max()))
+    for _ in range(1000 // 3):
+        graph.replay()
+        assert torch.equal(out, want) and torch.equal(lse, want_lse)
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (9, 3)])
+def test_neighbours(backend: Backend, heads: tuple[int, int]) -> None:
+    """batch_invariant: alone or among others, long and short, the same bits."""
+    cuda_only(backend)
+    import torch
+
+    cache = Cache(6, 4096, heads, page=16)
+    cache.used.copy_(torch.tensor([4096, 1, 513, 700, 0, 2000]))
+    out, lse = cache.attend(batch_invariant=True)
+    for i in range(6):
+        alone, alone_lse = cache.attend(slice(i, i + 1), batch_invariant=True)
+        assert torch.equal(alone[0], out[i]) and torch.equal(alone_lse[0], lse[i])
+        some, _ = cache.attend(slice(i // 2 * 2, None), batch_invariant=True)
+        assert torch.equal(some[i % 2], out[i])
+
+
+def test_names(backend: Backend) -> None:
+    cuda_only(backend)
+    Cache(1, 4096).attend()
+    assert cute.last_kernel() == SPLIT
+    Cache(64, 64).attend()
+    assert cute.last_kernel() == "FlashAttentionDecodeSm90"
+
+
+@pytest.mark.parametrize("options", [{"fresh_tokens": 1}, {}, {"fresh_tokens": 1, "num_splits": 4}])
+@pytest.mark.parametrize("room", [700, 5000])
+def test_fresh_tokens(backend: Backend, room: int, options: dict[str, Any]) -> None:
+    """The kernel before writes the newest token; with nothing promised, also the lengths and all pages."""
+    cuda_only(backend)
+    import torch
+
+    cache = Cache(2, room)
+    # One kernel after the other, in a graph: the newest token of each sequence, then attention, many times.
+    steps = 40
+    fresh = torch.randn(steps, 2, 2, 8, 64, device="cuda").bfloat16()
+    one = torch.ones(1, device="cuda")
+    outs: list[Any] = []
+
+    def run(write: Any) -> None:
+        outs.clear()
+        for step in range(steps):
+            write(fresh[step])
+            outs.append(cache.attend(**options)[0])
+
+    slots = cache.table[:, -1].long()
+    kv_cache_write.reshape_and_cache_flash(fresh[0, 0], fresh[0, 1], cache.k, cache.v, slots, "auto", one, one)
+    run(lambda x: kv_cache_write.reshape_and_cache_flash(x[0], x[1], cache.k, cache.v, slots, "auto", one, one))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(lambda x: kv_cache_write.reshape_and_cache_flash(x[0], x[1], cache.k, cache.v, slots, "auto", one, one))
+    for _ in range(5):
+        graph.replay()
+    torch.cuda.synchronize()
+    got = [x.clone() for x in outs]
+
+    for step in range(steps):
+        cache.k.view(-1, 8, 64)[slots], cache.v.view(-1, 8, 64)[slots] = fresh[step]
+        torch.cuda.synchronize()
+        assert torch.equal(got[step], cache.attend(**options)[0])
