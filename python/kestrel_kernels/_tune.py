@@ -188,10 +188,6 @@ class Winner:
     down_us: float
     layer_us: float  # in one of the two tiles
 
-    @property
-    def total_us(self) -> float:
-        return self.layer_us if self.layer_us < math.inf else self.up_us + self.down_us
-
 
 def serves(config: CuteMoeConfig, tokens: int) -> bool:
     """Whether a tile's own kernel makes a product of so many tokens."""
@@ -200,7 +196,7 @@ def serves(config: CuteMoeConfig, tokens: int) -> bool:
 
 def winners(rows: dict[Key, Result], layer: Layer, tiles: Collection[CuteMoeConfig] | None = None) -> list[Winner]:
     """For each token count the best tile of either product (of those named), of the block size in which the layer takes
-    the least; where no layer was measured, both products. Counts for which a product has no right result have none."""
+    the least; where a layer is missing, both products. Counts for which a product has no right result have none."""
     best: dict[tuple[int, int, str], tuple[float, CuteMoeConfig]] = {}
     for key, result in rows.items():
         named = (tiles is None or key.config in tiles) and serves(key.config, key.tokens)
@@ -208,14 +204,17 @@ def winners(rows: dict[Key, Result], layer: Layer, tiles: Collection[CuteMoeConf
             place = (key.tokens, key.config.block_m, key.kind)
             if place not in best or result.us < best[place][0]:
                 best[place] = (result.us, key.config)
-    found: dict[int, Winner] = {}
+    blocks: dict[int, list[Winner]] = {}
     for tokens, block_m in sorted({place[:2] for place in best}):
         up, down, both = (best.get((tokens, block_m, kind)) for kind in ENTRIES)
         if up and down:
             new = Winner(tokens, up[1], down[1], up[0], down[0], both[0] if both else math.inf)
-            if tokens not in found or new.total_us < found[tokens].total_us:
-                found[tokens] = new
-    return list(found.values())
+            blocks.setdefault(tokens, []).append(new)
+    found = []
+    for some in blocks.values():
+        layers = all(w.layer_us < math.inf for w in some)
+        found.append(min(some, key=lambda w: w.layer_us if layers else w.up_us + w.down_us))
+    return found
 
 
 def config_path(folder: Path, layer: Layer, gpu: str) -> Path:
