@@ -274,7 +274,8 @@ def test_readme_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     tool = load_tool("readme_table")
     readme, file = tmp_path / "README.md", tmp_path / "h200.json"
     rows = [row(), row(case="64x1024", us=2.0), row(HOST_TIME, "layernorm 1x2048", 3.4, peers={"torch": 9.0}),
-            row("fused_mlp", "729x1152x4304", 2.0, peers={"torch": 4.0, "cublas": 1.9}, bare=["cublas"])]  # fmt: skip
+            row("fused_mlp", "729x1152x4304", 2.0, peers={"torch": 4.0, "cublas": 1.9}, bare=["cublas"]),
+            row("moe_up", "1 fp8 E64 H2048 I1024 k8", 12.0, peers={})]  # fmt: skip
     results.write(file, {"gpu": "NVIDIA H200", "rows": rows})
     readme.write_text(f"before\n{tool.BEGIN}\nstale\n{tool.END}\nafter\n")
     command = ["--readme", str(readme), "--results", str(file)]
@@ -285,6 +286,7 @@ def test_readme_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
     assert "| gelu_residual | 1x1024 | **0.80** | 0.70 | 0.50 | 62% | 1.50 torch |" in text
     assert "| gelu_residual | 64x1024 | 2.00 | 0.70 | 0.50 | 25% | **1.50** torch |" in text  # a loss is shown
+    assert "| moe_up | 1 fp8 E64 H2048 I1024 k8 | 12.0 | 0.70 | 0.50 | 4% | **11.7** recorded |" in text
     assert "layernorm 3.40 (torch: 9.00)" in text
     assert (
         "| **2.00** | 0.70 | 0.50 | 25% | 4.00 torch; bare product 1.90 cublas |" in text
