@@ -35,8 +35,9 @@ def table(results: dict[str, Any], recorded: dict[tuple[str, str], float]) -> st
     host = [r for r in results["rows"] if r["op"] == HOST_TIME]
     any_bare = any(row.get("bare") for row in rows)
     lines = [
-        f"{results['gpu']}, microseconds per call: cold (no input in a cache; of linear no weights), warm, the floor that "
-        "memory and matrix units set, and the fastest other implementation in the same run (recorded: in an earlier one)"
+        f"{results['gpu']}, microseconds per call: cold (no input in a cache; of linear no weights), warm, the floor "
+        "that memory and matrix units set, and the fastest other implementation in the same run (recorded: in an "
+        "earlier one)"
         + ("; bare product: the matrix products alone, without what the op does besides." if any_bare else "."),
         "",
         "| op | case | cold | warm | floor | of floor | best peer |",
