@@ -11,6 +11,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// With KESTREL_DELAYS, a test option, warps come late to barriers at random: an order that only happened to hold breaks.
+__device__ __forceinline__ void come_late() {
+#ifdef KESTREL_DELAYS
+  const uint32_t dice = (static_cast<uint32_t>(clock()) + blockIdx.x * 977 + threadIdx.x / 32 * 131) * 2654435761u;
+  if (dice >> 29 == 0) __nanosleep(dice >> 17 & 0xfff);
+#endif
+}
+
 // mbarrier.init
 __device__ __forceinline__ void init_barrier(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -28,16 +36,19 @@ __device__ __forceinline__ void fence_shared_writes() { asm volatile("fence.prox
 
 // mbarrier.arrive: what this thread has read and written before comes before the end of the phase.
 __device__ __forceinline__ void arrive(uint32_t barrier) {
+  come_late();
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // mbarrier.arrive.expect_tx
 __device__ __forceinline__ void arrive_expecting(uint32_t barrier, uint32_t bytes) {
+  come_late();
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 // mbarrier.try_wait.parity, until the phase of that parity has ended.
 __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) {
+  come_late();
   uint32_t ended;
   do {
     asm volatile(

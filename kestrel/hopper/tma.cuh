@@ -67,6 +67,11 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint32
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
 }
 
+// cp.async.mbarrier.arrive.noinc: one of the barrier's arrivals, once this thread's copy_async so far have landed.
+__device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // cp.async.wait_all: this thread's copy_async have landed; a barrier shows them to others.
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -75,11 +80,6 @@ __device__ __forceinline__ void store_global(void* to, uint4 v, uint64_t policy)
   asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w), "l"(policy)
                : "memory");
-}
-
-// cp.async.mbarrier.arrive.noinc: arrives when this thread's copies so far have landed.
-__device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 }  // namespace kestrel

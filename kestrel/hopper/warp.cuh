@@ -22,6 +22,10 @@ __device__ __forceinline__ bool elected() {
 
 __device__ __forceinline__ float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(~0u, value, lanes); }
 
+// The same value in every lane, which the compiler then knows: it keeps it, and what follows from it, in the registers
+// of the warp, where descriptors and loop counters cost the threads nothing.
+__device__ __forceinline__ int warp_uniform(int value) { return __shfl_sync(~0u, value, 0); }
+
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);

@@ -17,8 +17,9 @@ KESTREL_CPU_TWIN(attention, void(const kestrel::AttentionProblem& problem));
 
 namespace kestrel {
 namespace cuda {
+bool attention_prefill(Stream stream, const AttentionProblem& problem);
 void attention(Stream stream, const AttentionProblem& problem);
-}
+}  // namespace cuda
 
 namespace {
 
@@ -219,6 +220,10 @@ void attention(Stream stream, Tensor out, std::optional<Tensor> lse, Tensor q, T
                                   o.batch_invariant, o.workspace ? o.workspace->data : nullptr};
     if (const char* decode = cuda::attention_decode(stream, p, hints)) {
       last_kernel = decode;
+      return;
+    }
+    if (cuda::attention_prefill(stream, p)) {
+      last_kernel = "FlashAttentionFwd";
       return;
     }
     cuda::attention(stream, p);

@@ -50,9 +50,9 @@ KESTREL_API void attention(Stream stream, Tensor out, std::optional<Tensor> lse,
 
 KESTREL_API int64_t attention_workspace_bytes();  // the same for every call
 
-// The kernel that this thread's latest attention() ran: "cpu"; on CUDA "FlashAttentionPlain" or, for few queries,
-// "FlashAttentionDecodeSm90" or "FlashAttentionDecodeSm90PersistentSplitFused" (keys split, parts joined); "" before
-// the first.
+// The kernel that this thread's latest attention() ran: "cpu"; on CUDA "FlashAttentionPlain" or, for many queries,
+// "FlashAttentionFwd" or, for few, "FlashAttentionDecodeSm90" or "FlashAttentionDecodeSm90PersistentSplitFused" (keys
+// split, parts joined); "" before the first.
 KESTREL_API const char* last_attention_kernel();
 
 }  // namespace kestrel

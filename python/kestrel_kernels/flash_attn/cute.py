@@ -219,8 +219,9 @@ def flash_attn_with_kvcache(
 
 def last_kernel() -> str:
     """The kernel that this thread's latest call of the three functions ran: "cpu" for CPU arrays; on CUDA
-    "FlashAttentionPlain" or, for up to 16 queries a sequence, "FlashAttentionDecodeSm90" or
-    "FlashAttentionDecodeSm90PersistentSplitFused", which splits the keys and joins the parts; "" before any."""
+    "FlashAttentionPlain" or, for many queries, "FlashAttentionFwd" or, for up to 16 a sequence,
+    "FlashAttentionDecodeSm90" or "FlashAttentionDecodeSm90PersistentSplitFused", which splits the keys and joins the
+    parts; "" before any."""
     return str(_library.load().last_attention_kernel())
 
 

@@ -1,0 +1,438 @@
+// FlashAttention (Dao et al. 2022, Shah et al. 2024) of many queries: out = softmax(q k^T) v. A block has one loading
+// warpgroup and up to four of 64 queries each. A group issues S = q k[j]^T and then O += P v[j + 1] at once, turns S
+// into the next P while the products of the other groups run, and walks its keys downwards: first the tiles that the
+// mask's right edge cuts, then whole ones, then those cut by a window's left edge; the others it never touches.
+// In shared memory q's place later takes the output, for whole lines to the device's memory.
+#pragma once
+
+#include "kestrel/hopper/mma.cuh"
+#include "kestrel/hopper/vec.cuh"
+#include "kestrel/hopper/wgmma.cuh"
+#include "kestrel/launch.h"
+#include "ops/attention/prefill_rows.cuh"
+#include "ops/attention/prefill_softmax.cuh"
+
+namespace kestrel::cuda {
+
+__device__ __forceinline__ bool unlikely(bool value) { return __builtin_expect(value, false); }
+
+// One group's accumulators and its places in the rings.
+template <class Tile>
+struct Group {
+  static constexpr int kOut = Tile::kOutColumns / 2;
+  using T = typename Tile::T;
+  using Out = typename Tile::Out;
+
+  const PrefillArgs& a;
+  const PrefillShared<Tile> shared;
+  const int index, thread;  // group of the block, thread of the group
+  const int next_turn;
+  uint32_t next = 0;   // tile of keys: its place in both rings
+  uint32_t plans = 0;  // tiles of work done
+
+  __device__ __forceinline__ int warp() const { return thread / 32; }
+  // Of a thread's first score: see wgmma.cuh.
+  static __device__ __forceinline__ int row_of(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
+  static __device__ __forceinline__ int column_of(int thread) { return 2 * (thread % 4); }
+  __device__ __forceinline__ void sync() const { sync_threads(8 + index, kGroupThreads); }
+  // Named barriers 1 to 4: the group whose turn it is to issue products.
+  __device__ __forceinline__ void wait_turn() const {
+    if (a.turns) sync_threads(1 + index, 2 * kGroupThreads);
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    if (a.turns) arrive_threads(next_turn, 2 * kGroupThreads);
+  }
+  __device__ __forceinline__ void release(uint32_t barrier) const {
+    if (thread == 0) arrive(barrier);
+  }
+  using Stage = Place<Tile::kStages>;
+  __device__ __forceinline__ uint32_t slot() const { return plans % Tile::kQuerySlots; }
+  __device__ __forceinline__ void wait_keys(Stage at) const { wait_barrier(shared.keys_full(at.stage()), at.parity()); }
+  __device__ __forceinline__ void wait_values(Stage at) const {
+    wait_barrier(shared.values_full(at.stage()), at.parity());
+  }
+  __device__ __forceinline__ void release_keys(Stage at) const {
+    if (thread % 32 == 0) arrive(shared.keys_empty(at.stage()));  // each warp by itself: see score_again
+  }
+  __device__ __forceinline__ void release_values(Stage at) const { release(shared.values_empty(at.stage())); }
+  // A tile that other groups of the block need.
+  __device__ __forceinline__ void skip(bool in_turn) {
+    const Stage at{next++};
+    wait_keys(at);
+    wait_values(at);
+    release_keys(at);
+    release_values(at);
+    if (in_turn) {
+      wait_turn();
+      pass_turn();
+    }
+  }
+
+  __device__ __forceinline__ void issue_scores(float (&s)[kScores], Stage at) const {
+    const uint64_t q = k_major(shared.query(slot(), index)), k = k_major(shared.keys(at.stage()));
+#pragma unroll
+    for (int step = 0; step < Tile::kSteps; ++step) {
+      const uint32_t bytes = step / 4 * kPanelBytes + step % 4 * 32;
+      wgmma<T, kTileRows>(s, advance(q, bytes), advance(k, bytes), step > 0);
+    }
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void issue_values(float (&o)[kOut], const uint32_t (&p)[kTileRows / 16][4],
+                                               Stage at) const {
+    const uint32_t values = shared.values(at.stage());
+    // The panel of ones stays where it is while the values' descriptor moves on.
+    const uint64_t v = mn_major(values, Tile::kOnesPanel ? shared.ones() - values : kPanelBytes);
+    constexpr uint64_t kStep = 2048 >> 4, kBack = Tile::kOnesPanel ? kStep << 16 : 0;
+#pragma unroll
+    for (int step = 0; step < kTileRows / 16; ++step)
+      wgmma<T, Tile::kOutColumns, true>(o, p[step], v + step * (kStep - kBack), true);
+    wgmma_commit();
+  }
+
+  // A warp's scores once more, by mma.sync from the same tiles.
+  __device__ __forceinline__ void score_again(float (&s)[kScores], Stage at) const {
+    int lane = thread;
+    compute_now(lane);
+    const int line = lane % 32 / 4, part = lane % 4 * 4;
+    const uint32_t q = shared.query(slot(), index) + (lane / 32 * 16 + line) * 128 + part;
+    const uint32_t k = shared.keys(at.stage()) + line * 128 + part;
+#pragma unroll
+    for (int j = 0; j < kTileRows / 8; ++j) {
+      float sums[4] = {};
+#pragma unroll 1
+      for (int step = 0; step < Tile::kSteps; ++step) {
+        const uint32_t panel = step / 4 * kPanelBytes, low = (2 * (step % 4) ^ line) * 16, high = low ^ 16;
+        const uint32_t a = q + panel, b = k + panel + j * 8 * 128;
+        mma<T>(sums, load_shared_word(a + low), load_shared_word(a + low + 8 * 128), load_shared_word(a + high),
+               load_shared_word(a + high + 8 * 128), load_shared_word(b + low), load_shared_word(b + high));
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[4 * j + i] = sums[i];
+    }
+  }
+
+  // Weights of 0 do not hide NaN: rows of values past the sequence's keys become zeros. Every group writes them all.
+  __device__ __forceinline__ void clean_values(int first, Stage place) const {
+    wait_values(place);
+    const uint32_t at = shared.values(place.stage());
+    for (int i = first * 8 + thread; i < kTileRows * 8; i += kGroupThreads)
+#pragma unroll
+      for (int panel = 0; panel < Tile::kPanels; ++panel)
+        if (panel + 1 < Tile::kPanels || (i % 8 ^ i / 8 % 8) < Tile::kLastColumns / 8)
+          store_shared(at + panel * kPanelBytes + i * 16, uint4{0, 0, 0, 0});
+    fence_shared_writes();
+    sync();
+  }
+
+  // Rows that asynchronous copies have brought, unlike boxes, are seen by wgmma after a fence of the reader's alone.
+  __device__ __forceinline__ void see_copies() const {
+    if constexpr (Tile::kSource == KeySource::kRows) fence_shared_writes();
+  }
+
+  // Queries for f16 products. Those of bf16 that f16 cannot hold are far from usual: they stay at its largest number.
+  __device__ __forceinline__ void convert_queries(const Plan& plan) const {
+    const AttentionProblem& p = a.problem;
+    constexpr int kChunks = Tile::kHead / 8;
+    const int count = plan.s.q_len - plan.row[index], chunks = static_cast<int>(p.head_size) / 8;
+    const Out* from =
+        static_cast<const Out*>(p.q) + p.q_stride.at(plan.q_batch, plan.s.q_first + plan.row[index], plan.head);
+    for (int i = thread; i < kTileRows * kChunks; i += kGroupThreads) {
+      const int line = i / kChunks, chunk = i % kChunks;
+      Vec<Out, 8> v{};
+      if (line < count && chunk < chunks) v = load<8>(from + line * p.q_stride.token + chunk * 8);
+      if constexpr (!std::is_same_v<Out, T>) {
+        float values[8];
+        to_floats(v, values);
+#pragma unroll
+        for (float& x : values) x = fabsf(x) > 65504.0f ? copysignf(65504.0f, x) : x;  // NaN stays
+        const Vec<T, 8> halves = from_floats<T>(values);
+        store_shared(shared.query(slot(), index) + tile_offset(line, chunk),
+                     {halves.words[0], halves.words[1], halves.words[2], halves.words[3]});
+      } else {
+        store_shared(shared.query(slot(), index) + tile_offset(line, chunk),
+                     {v.words[0], v.words[1], v.words[2], v.words[3]});
+      }
+    }
+    fence_shared_writes();
+    sync();
+  }
+
+  __device__ __forceinline__ void attend(const Plan& plan) {
+    const AttentionProblem& p = a.problem;
+    const int first = warp_uniform(plan.first), last = warp_uniform(plan.last);
+    const KeyTiles mine{warp_uniform(plan.keys[index].first), warp_uniform(plan.keys[index].last),
+                        warp_uniform(plan.keys[index].clear_first), warp_uniform(plan.keys[index].clear_last)};
+    float s[kScores], o[kOut], shrink[2];
+    uint32_t weights[kTileRows / 16][4];
+    Rows2 rows;
+    float scale = p.softmax_scale * (p.k_scale_at ? *p.k_scale_at : p.k_scale);
+    const Transform transform{p.softcap,
+                              p.softcap > 0.0f ? scale * (2.0f * kLog2e) * fast_reciprocal(p.softcap) : scale};
+    const bool transforms = p.softcap > 0.0f || !(scale > 0.0f);
+    scale = transforms ? kLog2e : scale * kLog2e;
+
+    const auto mask = [&](int tile) {
+      int lane = thread;
+      compute_now(lane);  // or what follows from it would take registers throughout
+      int from[2], to[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const Range range =
+            visible(p, plan.s.q_len, plan.s.k_len, plan.s.prefix, plan.row[index] + row_of(lane) + 8 * r);
+        from[r] = range.first - tile * kTileRows - column_of(lane);
+        to[r] = range.last - tile * kTileRows - column_of(lane);
+      }
+      mask_scores(s, from, to);
+    };
+
+    int tile = last - 1;
+    for (; tile >= mine.last; --tile) skip(true);
+#pragma unroll
+    for (int i = 0; i < kOut; ++i) o[i] = 0.0f;
+    if constexpr (Tile::kSource == KeySource::kE4m3Rows) convert_queries(plan);
+    const Stage k_at{next++};
+    wait_barrier(shared.query_full(slot()), Place<Tile::kQuerySlots>{plans}.parity());
+    wait_keys(k_at);
+    see_copies();
+    wgmma_fence();
+    issue_scores(s, k_at);
+    wgmma_wait<0>();
+    release_keys(k_at);
+    if (transforms) transform(s);
+    mask(tile);
+    raise_reference(s, rows, shrink, scale);
+    const float2 sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
+    rows.sum[0] = sums.x;
+    rows.sum[1] = sums.y;
+    pack_weights<T>(weights, s);
+    if (a.unclean && (tile + 1) * kTileRows > plan.s.k_len) clean_values(plan.s.k_len - tile * kTileRows, k_at);
+
+    for (--tile; tile >= mine.first; --tile) {
+      const bool masked = tile >= mine.clear_last || tile < mine.clear_first;
+      const Stage v_at{next - 1}, k_at{next++};
+      wait_keys(k_at);
+      wait_values(v_at);
+      see_copies();
+      wait_turn();
+      wgmma_fence();
+      issue_scores(s, k_at);
+      issue_values(o, weights, v_at);
+      pass_turn();
+      wgmma_wait<1>();
+      if (unlikely(transforms)) transform(s);
+      if (unlikely(masked)) mask(tile);
+      // The bet is that no weight passes 2^8. Whether it was lost shows on packed weights, at half the cost of looking
+      // for the largest score. Exponentials beside the product with the values cost 9% at 4096 keys of head size 64.
+      wgmma_wait<0>();
+      float2 sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
+      release_values(v_at);
+      pack_weights<T>(weights, s);
+      const uint2 largest = largest_weights<T>(weights);
+      const bool lost = any_above<WeightBits<T>::kLimit>(largest);
+      if (unlikely(lost)) {
+        if (unlikely(any_above<WeightBits<T>::kInfinity - 1>(largest))) {
+          score_again(s, k_at);
+          if (transforms) transform(s);
+          if (masked) mask(tile);
+          raise_reference(s, rows, shrink, scale);
+          sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
+          pack_weights<T>(weights, s);
+        } else {
+          lower_weights<T>(weights, largest, rows, shrink);
+          sums.x *= shrink[0];
+          sums.y *= shrink[1];
+        }
+      }
+      rows.sum[0] += sums.x;
+      rows.sum[1] += sums.y;
+      release_keys(k_at);
+      if (unlikely(lost)) {
+#pragma unroll
+        for (int i = 0; i < kOut; ++i) o[i] *= shrink[i / 2 % 2];
+      }
+    }
+    const Stage v_at{next - 1};
+    wait_values(v_at);
+    see_copies();
+    wgmma_fence();
+    issue_values(o, weights, v_at);
+    wgmma_wait<0>();
+    release_values(v_at);
+    for (; tile >= first; --tile) skip(true);
+
+    float total[2], exact[2];  // as the weights were rounded, and not
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      exact[r] = rows.sum[r] + shuffle_xor(rows.sum[r], 1);
+      exact[r] += shuffle_xor(exact[r], 2);
+      total[r] = exact[r];
+      if constexpr (Tile::kSumsByProduct) total[r] = o[Tile::kHead / 2 + 2 * r];
+    }
+    finish(plan, rows, o, total, exact);
+  }
+
+  __device__ __forceinline__ float sink_of(int head) const {
+    const AttentionProblem& p = a.problem;
+    if (p.sink_dtype == DType::kF32) return static_cast<const float*>(p.sink)[head];
+    if (p.sink_dtype == DType::kBF16) return to_float(static_cast<const bf16*>(p.sink)[head]);
+    return to_float(static_cast<const f16*>(p.sink)[head]);
+  }
+
+  __device__ __forceinline__ void finish(const Plan& plan, const Rows2& rows, float (&o)[kOut], const float (&total)[2],
+                                         const float (&exact)[2]) {
+    const AttentionProblem& p = a.problem;
+    const float v_scale = p.v_scale_at ? *p.v_scale_at : p.v_scale;
+    const float sink = p.sink ? sink_of(plan.head) * kLog2e : -INFINITY;
+    const int first_query = plan.row[index], queries = plan.s.q_len;
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      // The sink may lie far above the reference, or the reference be none.
+      const float top = fmaxf(rows.reference[r], sink), base = top <= kNoReference ? 0.0f : top;
+      const float shrink = fast_exp2(rows.reference[r] - base), share = fast_exp2(sink - base);
+      const float sum = fmaf(total[r], shrink, share);
+      factor[r] = sum == 0.0f ? 0.0f : shrink * v_scale * fast_reciprocal(sum);
+      const int query = first_query + row_of(thread) + 8 * r;
+      if (p.lse && thread % 4 == 0 && query < queries) {
+        const float sum = fmaf(exact[r], shrink, share);
+        p.lse[p.lse_stride.at(plan.q_batch, plan.s.q_first + query, plan.head)] =
+            sum == 0.0f ? -INFINITY : fmaf(base, kLn2, logf(sum));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kHead / 2; ++i) o[i] *= factor[i / 2 % 2];
+
+    // Through q's place: all of the group's products have read it.
+    sync();
+    const uint32_t place = shared.query(slot(), index);
+    const int lane = thread % 32;
+#pragma unroll
+    for (int j = 0; j < Tile::kHead / 16; ++j) {
+      const int line = 16 * warp() + lane % 16, chunk = 2 * j + lane / 16;
+      store_matrices(place + tile_offset(line, chunk), from_float2<Out>(o[8 * j], o[8 * j + 1]),
+                     from_float2<Out>(o[8 * j + 2], o[8 * j + 3]), from_float2<Out>(o[8 * j + 4], o[8 * j + 5]),
+                     from_float2<Out>(o[8 * j + 6], o[8 * j + 7]));
+    }
+    if constexpr (Tile::kHead % 16 != 0) {
+      constexpr int kLast = Tile::kHead / 8 - 1, kAt = Tile::kHead / 16 * 8;
+      const int line = 16 * warp() + lane % 16;
+      store_matrices(place + tile_offset(line, kLast), from_float2<Out>(o[kAt], o[kAt + 1]),
+                     from_float2<Out>(o[kAt + 2], o[kAt + 3]));
+    }
+    __syncwarp();
+    constexpr int kChunks = Tile::kHead / 8;  // of 16 bytes, in a line
+    const int columns = static_cast<int>(p.head_size);
+    Out* out = static_cast<Out*>(p.out) + p.out_stride.at(plan.q_batch, plan.s.q_first + first_query, plan.head);
+#pragma unroll
+    for (int i = lane; i < 16 * kChunks; i += 32) {
+      const int line = 16 * warp() + i / kChunks, chunk = i % kChunks;
+      const uint4 v = load_shared(place + tile_offset(line, chunk));
+      if (first_query + line < queries && chunk * 8 < columns)
+        *reinterpret_cast<uint4*>(out + line * p.out_stride.token + chunk * 8) = v;
+    }
+  }
+
+  // Queries that see no key, where the block may have no place in shared memory for them.
+  __device__ __forceinline__ void write_empty(const Plan& plan) const {
+    const AttentionProblem& p = a.problem;
+    const int first_query = plan.row[index];
+    const int count = min(plan.s.q_len - first_query, kTileRows), chunks = p.head_size / 8;
+    Out* out = static_cast<Out*>(p.out) + p.out_stride.at(plan.q_batch, plan.s.q_first + first_query, plan.head);
+    for (int i = thread; i < count * chunks; i += kGroupThreads)
+      *reinterpret_cast<uint4*>(out + i / chunks * p.out_stride.token + i % chunks * 8) = uint4{0, 0, 0, 0};
+    if (p.lse && thread < count)
+      p.lse[p.lse_stride.at(plan.q_batch, plan.s.q_first + first_query + thread, plan.head)] =
+          p.sink ? sink_of(plan.head) : -INFINITY;
+  }
+};
+
+template <class Tile>
+__device__ __forceinline__ void run_group(const PrefillArgs& a, const PrefillShared<Tile>& shared) {
+  const int index = warp_uniform(static_cast<int>(threadIdx.x / kGroupThreads));
+  Group<Tile> group{a, shared, index, static_cast<int>(threadIdx.x % kGroupThreads), (index + 1) % a.groups + 1};
+  if (a.turns && group.index + 1 == a.groups) arrive_threads(1, 2 * kGroupThreads);
+  for (;;) {
+    const Place<Tile::kQuerySlots> slot{group.plans};
+    wait_barrier(shared.plan_full(slot.stage()), slot.parity());
+    const Plan& plan = *shared.plan(slot.stage());
+    if (warp_uniform(plan.head) < 0) return;
+    if (warp_uniform(plan.keys[group.index].first < plan.keys[group.index].last)) {
+      group.attend(plan);
+    } else {
+      const int count = warp_uniform(plan.last - plan.first);
+      for (int i = 0; i < count; ++i) group.skip(i > 0);
+      group.write_empty(plan);
+    }
+    fence_shared_writes();
+    group.sync();
+    group.release(shared.query_empty(slot.stage()));
+    ++group.plans;
+  }
+}
+
+// What no copy writes: the columns of ones beside the values, zeros past the columns of keys and queries.
+template <class Tile>
+__device__ __forceinline__ void fill_constants(const PrefillShared<Tile>& shared) {
+  constexpr uint32_t kOne = dtype_of<typename Tile::T> == DType::kBF16 ? 0x3f803f80 : 0x3c003c00;
+  const uint4 kOnes = {kOne, kOne, kOne, kOne}, kZeros = {0, 0, 0, 0};
+  if constexpr (Tile::kOnesPanel) {
+    for (uint32_t i = threadIdx.x; i < Tile::kOnesBytes / 16; i += blockDim.x)
+      store_shared(shared.ones() + 16 * i, kOnes);
+  } else if constexpr (Tile::kHead % 16 != 0) {
+    constexpr int kChunk = Tile::kLastColumns / 8, kPanel = (Tile::kPanels - 1) * kPanelBytes;
+    const auto fill = [&](uint32_t tile, uint4 v) {
+      for (uint32_t line = threadIdx.x; line < kTileRows; line += blockDim.x)
+        store_shared(tile + kPanel + line * 128 + (kChunk ^ line % 8) * 16, v);
+    };
+    for (int slot = 0; slot < Tile::kQuerySlots; ++slot)
+      for (int group = 0; group < Tile::kGroups; ++group) fill(shared.query(slot, group), kZeros);
+    for (int stage = 0; stage < Tile::kStages; ++stage) {
+      fill(shared.keys(stage), kZeros);
+      fill(shared.values(stage), kOnes);
+    }
+  }
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1) prefill_kernel(const __grid_constant__ PrefillArgs a) {
+  extern __shared__ char memory[];
+  const uint32_t aligned = (shared_address(memory) + 1023) & ~1023u;
+  const PrefillShared<Tile> shared{memory + (aligned - shared_address(memory)), aligned};
+  const int groups = a.groups;
+  // Who says that a tile is there: the copy engine, each copying thread, or each converting warp.
+  constexpr int kFull = Tile::kBoxes ? 1 : Tile::kSource == KeySource::kRows ? kGroupThreads : kGroupThreads / 32;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Tile::kStages; ++i) {
+      init_barrier(shared.keys_full(i), kFull);
+      init_barrier(shared.values_full(i), kFull);
+      init_barrier(shared.keys_empty(i), 4 * groups);
+      init_barrier(shared.values_empty(i), groups);
+    }
+    for (int i = 0; i < Tile::kQuerySlots; ++i) {
+      init_barrier(shared.plan_full(i), 1);
+      init_barrier(shared.query_full(i), 1);
+      init_barrier(shared.query_empty(i), groups);
+    }
+    fence_init_barrier();
+  }
+  fill_constants<Tile>(shared);
+  fence_shared_writes();
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) < groups * kGroupThreads) {
+    if constexpr (Tile::kRegisters > Tile::kLoaderRegisters) take_registers<Tile::kRegisters>();
+    wait_for_predecessor();
+    release_successor();
+    run_group<Tile>(a, shared);
+  } else {
+    if constexpr (Tile::kRegisters > Tile::kLoaderRegisters) leave_registers<Tile::kLoaderRegisters>();
+    if constexpr (Tile::kBoxes) {
+      if (static_cast<int>(threadIdx.x) < groups * kGroupThreads + 32) load_by_boxes<Tile>(a, shared);
+    } else {
+      load_by_rows<Tile>(a, shared);
+    }
+    wait_for_predecessor();
+    release_successor();
+  }
+}
+
+}  // namespace kestrel::cuda

@@ -1,0 +1,79 @@
+// From the problem to a launch of the prefill kernel: the shape of the grid and the boxes of the copy engine.
+#pragma once
+
+#include <algorithm>
+
+#include "kestrel/tensor_map.h"
+#include "ops/attention/prefill.h"
+#include "ops/attention/prefill_kernel.cuh"
+
+namespace kestrel::cuda {
+
+inline CUtensorMap boxes_of(const void* data, DType dtype, int64_t columns, int64_t tokens, int64_t heads,
+                            int64_t batch, const AttentionStrides& stride, int box_columns) {
+  return tensor_map({dtype,
+                     data,
+                     {columns, std::max<int64_t>(tokens, 1), heads, batch},
+                     {1, stride.token, stride.head, stride.batch},
+                     {static_cast<uint32_t>(box_columns), kTileRows, 1, 1}});
+}
+
+template <class Tile>
+void launch_prefill(Stream stream, const AttentionProblem& p, const PrefillShape& shape) {
+  const int64_t packed_q = p.cu_seqlens_q ? 1 : p.batch, packed_k = p.cu_seqlens_k ? 1 : p.batch;
+  const auto q = [&](int columns) {
+    return boxes_of(p.q, p.q_dtype, p.head_size, p.q_len, p.q_heads, packed_q, p.q_stride, columns);
+  };
+  const auto keys = [&](const void* data, const AttentionStrides& stride, int columns) {
+    return boxes_of(data, p.kv_dtype, p.head_size, p.k_len, p.k_heads, packed_k, stride, columns);
+  };
+  PrefillArgs a{};
+  a.problem = p;
+  constexpr int64_t kFar = int64_t{1} << 30;  // past all keys
+  a.problem.window_left = std::min(p.window_left, kFar);
+  a.problem.window_right = std::min(p.window_right, kFar);
+  a.problem.prefix_len = std::min(p.prefix_len, kFar);
+  constexpr bool kPartial = Tile::kLastColumns != kPanelColumns;
+  if constexpr (Tile::kSource != KeySource::kE4m3Rows) {
+    a.q = q(kPanelColumns);
+    if (kPartial) a.q_last = q(Tile::kLastColumns);
+  }
+  if constexpr (Tile::kBoxes) {
+    a.k = keys(p.k, p.k_stride, kPanelColumns), a.v = keys(p.v, p.v_stride, kPanelColumns);
+    if (kPartial) {
+      a.k_last = keys(p.k, p.k_stride, Tile::kLastColumns), a.v_last = keys(p.v, p.v_stride, Tile::kLastColumns);
+    }
+  }
+  const int64_t pairs = packed_q * p.q_heads, row_tiles = row_tiles_of(p, shape.groups);
+  const int64_t tiles = pairs * row_tiles;
+  // Keys and values of the heads that are worked on at a time: about half of L2.
+  const int64_t bytes = 2 * p.k_len * p.head_size * size_of(p.kv_dtype) * p.k_heads / p.q_heads;
+  a.section = static_cast<uint32_t>(std::clamp<int64_t>((int64_t{34} << 20) / std::max<int64_t>(bytes, 1), 1, pairs));
+  a.tiles = static_cast<uint32_t>(tiles), a.row_tiles = static_cast<uint32_t>(row_tiles);
+  a.heads = static_cast<uint32_t>(pairs);
+  a.by_section_tiles = Divider<uint32_t>(row_tiles * a.section), a.by_section = Divider<uint32_t>(a.section);
+  a.by_q_heads = Divider<uint32_t>(p.q_heads), a.by_group = Divider<uint32_t>(p.q_heads / p.k_heads);
+  a.by_page_size = Divider<uint32_t>(std::max<int64_t>(p.page_size, 1));
+  a.groups = shape.groups, a.paired = shape.paired, a.turns = shape.turns && shape.groups > 1;
+  a.fixed = !(p.cu_seqlens_q || p.cu_seqlens_k || p.seqused_k || p.prefix_lens);
+  a.unclean = Tile::kBoxes && (p.cu_seqlens_k || p.seqused_k);
+  const int64_t blocks = shape.persistent ? std::min<int64_t>(tiles, sm_count()) : tiles;
+  a.blocks = static_cast<uint32_t>(blocks);
+  launch<prefill_kernel<Tile>>(
+      stream, {blocks, (shape.groups + 1) * kGroupThreads, 1, static_cast<size_t>(Tile::kSharedBytes)}, a);
+}
+
+// The kernels of one head size, or of those up to it.
+template <int kHead, int kGroups, int kStages, int kSlots, int kRowGroups, int kE4m3Groups>
+void launch_prefill(Stream stream, const AttentionProblem& p, KeySource source, const PrefillShape& shape) {
+  dispatch<bf16, f16>(p.q_dtype, [&]<class Q>() {
+    if (source == KeySource::kBoxes)
+      return launch_prefill<PrefillTile<Q, Q, kHead, KeySource::kBoxes, kGroups, kStages, kSlots>>(stream, p, shape);
+    if (source == KeySource::kRows)
+      return launch_prefill<PrefillTile<Q, Q, kHead, KeySource::kRows, kRowGroups, kStages, 1>>(stream, p, shape);
+    if constexpr (kE4m3Groups > 0)
+      launch_prefill<PrefillTile<f16, Q, kHead, KeySource::kE4m3Rows, kE4m3Groups, kStages, 1>>(stream, p, shape);
+  });
+}
+
+}  // namespace kestrel::cuda

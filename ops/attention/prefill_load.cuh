@@ -1,0 +1,142 @@
+// The loader of the prefill kernel, one thread: boxes by the copy engine (TMA), into rings of stages that every group
+// releases.
+#pragma once
+
+#include "kestrel/hopper/mbarrier.cuh"
+#include "kestrel/hopper/pdl.cuh"
+#include "kestrel/hopper/tma.cuh"
+#include "ops/attention/prefill_schedule.cuh"
+
+namespace kestrel::cuda {
+
+// The n-th use of a ring's stages: which one, and the parity of the phase in which it is full.
+template <int kStages>
+struct Place {
+  static_assert((kStages & (kStages - 1)) == 0);
+  uint32_t n;
+  __device__ __forceinline__ uint32_t stage() const { return n % kStages; }
+  __device__ __forceinline__ uint32_t parity() const { return n / kStages % 2; }
+};
+
+template <class Tile>
+struct PrefillShared {
+  char* memory;
+  uint32_t base;
+
+  __device__ __forceinline__ Plan* plan(uint32_t slot) const {
+    static_assert(sizeof(Plan) <= kPlanBytes);
+    return reinterpret_cast<Plan*>(memory + Tile::kPlansAt + slot * kPlanBytes);
+  }
+
+  __device__ __forceinline__ uint32_t query(uint32_t slot, int group) const {
+    return base + slot * Tile::kQueryBytes + group * Tile::kTileBytes;
+  }
+  __device__ __forceinline__ uint32_t keys(uint32_t stage) const {
+    return base + Tile::kKeysAt + stage * Tile::kTileBytes;
+  }
+  __device__ __forceinline__ uint32_t values(uint32_t stage) const {
+    return base + Tile::kValuesAt + stage * Tile::kTileBytes;
+  }
+  __device__ __forceinline__ uint32_t ones() const { return base + Tile::kOnesAt; }
+  __device__ __forceinline__ uint32_t barrier(uint32_t i) const { return base + Tile::kBarriersAt + 8 * i; }
+  __device__ __forceinline__ uint32_t keys_full(uint32_t stage) const { return barrier(stage); }
+  __device__ __forceinline__ uint32_t keys_empty(uint32_t stage) const { return barrier(Tile::kStages + stage); }
+  __device__ __forceinline__ uint32_t values_full(uint32_t stage) const { return barrier(2 * Tile::kStages + stage); }
+  __device__ __forceinline__ uint32_t values_empty(uint32_t stage) const { return barrier(3 * Tile::kStages + stage); }
+  __device__ __forceinline__ uint32_t query_full(uint32_t slot) const { return barrier(4 * Tile::kStages + slot); }
+  __device__ __forceinline__ uint32_t query_empty(uint32_t slot) const {
+    return barrier(4 * Tile::kStages + Tile::kQuerySlots + slot);
+  }
+  __device__ __forceinline__ uint32_t plan_full(uint32_t slot) const {
+    return barrier(4 * Tile::kStages + 2 * Tile::kQuerySlots + slot);
+  }
+};
+
+// Where 8 columns of a row lie in a tile: see tensor_map.h.
+__device__ __forceinline__ uint32_t tile_offset(int row, int chunk) {
+  return chunk / 8 * kPanelBytes + row * 128 + (chunk % 8 ^ row % 8) * 16;
+}
+
+// Rows from `row` on of one head, as panels; what lies past the tensor comes as zeros.
+template <class Tile>
+__device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, const CUtensorMap* last, int row,
+                                          int head, int batch, uint32_t barrier) {
+#pragma unroll
+  for (int panel = 0; panel < Tile::kPanels; ++panel)
+    copy_box(to + panel * kPanelBytes, panel + 1 < Tile::kPanels || Tile::kLastColumns == kPanelColumns ? map : last,
+             panel * kPanelColumns, row, head, batch, barrier);
+}
+
+// Hands the block's next plan, in the n-th use of a slot, to the groups, and their queries where the copy engine can
+// bring them. By the whole warp, a lane for each group. A plan without head says that there is no more work.
+template <class Tile>
+__device__ __forceinline__ const Plan& next_plan(const PrefillArgs& a, const PrefillShared<Tile>& shared,
+                                                 Place<Tile::kQuerySlots> slot, Planner& planner) {
+  const int lane = threadIdx.x % 32;
+  Plan& plan = *shared.plan(slot.stage());
+  const uint32_t q_full = shared.query_full(slot.stage());
+  // Nothing that this kernel needs here is being written: the plan is made while the predecessor ends.
+  const bool early = slot.n == 0 && a.fixed;
+  wait_barrier(shared.query_empty(slot.stage()), slot.parity() ^ 1);
+  if (!early) wait_for_predecessor();
+  Work w;
+  const bool more = planner.next(a, &w, &plan);
+  if (more) write_plan(a, w, &plan);
+  __syncwarp();
+  if (!more && lane == 0) plan.head = -1;
+  __syncwarp();
+  const bool boxes = Tile::kSource != KeySource::kE4m3Rows && more && plan.first < plan.last;
+  if (lane == 0) {
+    if (!boxes) arrive(q_full);
+    arrive(shared.plan_full(slot.stage()));
+  }
+  if (early) wait_for_predecessor();
+  if (lane == 0 && boxes) arrive_expecting(q_full, a.groups * (Tile::kHead / 8 * 16 * kTileRows));
+  if (lane < a.groups && boxes)
+    load_tile<Tile>(shared.query(slot.stage(), lane), &a.q, &a.q_last, plan.s.q_first + plan.row[lane], plan.head,
+                    plan.q_batch, q_full);
+  return plan;
+}
+
+template <class Tile>
+__device__ __forceinline__ void load_by_boxes(const PrefillArgs& a, const PrefillShared<Tile>& shared) {
+  constexpr uint32_t kBytes = Tile::kHead / 8 * 16 * kTileRows;
+  const bool leader = threadIdx.x % 32 == 0;
+  prefetch_map(&a.q);
+  prefetch_map(&a.k);
+  prefetch_map(&a.v);
+  Planner planner;
+  uint32_t next = 0;  // tile of keys: its place in both rings
+#pragma unroll 1
+  for (uint32_t n = 0;; ++n) {
+    const Plan& plan = next_plan<Tile>(a, shared, {n}, planner);
+    if (n == 0) release_successor();
+    if (plan.head < 0) return;
+    if (leader) {
+      const int last = plan.last, count = last - plan.first;
+      const auto load_keys = [&](int i) {
+        const Place<Tile::kStages> place{next + i};
+        const uint32_t full = shared.keys_full(place.stage());
+        wait_barrier(shared.keys_empty(place.stage()), place.parity() ^ 1);
+        arrive_expecting(full, kBytes);
+        load_tile<Tile>(shared.keys(place.stage()), &a.k, &a.k_last, plan.s.k_first + (last - 1 - i) * kTileRows,
+                        plan.k_head, plan.k_batch, full);
+      };
+      if (count > 0) load_keys(0);
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        if (i + 1 < count) load_keys(i + 1);
+        const Place<Tile::kStages> place{next + i};
+        const uint32_t full = shared.values_full(place.stage());
+        wait_barrier(shared.values_empty(place.stage()), place.parity() ^ 1);
+        arrive_expecting(full, kBytes);
+        load_tile<Tile>(shared.values(place.stage()), &a.v, &a.v_last, plan.s.k_first + (last - 1 - i) * kTileRows,
+                        plan.k_head, plan.k_batch, full);
+      }
+      next += count;
+    }
+    __syncwarp();
+  }
+}
+
+}  // namespace kestrel::cuda

@@ -1,0 +1,147 @@
+"""FlashAttentionFwd, CUDA's kernel for many queries: its tiles' edges, its sources of keys, its bet on the softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from attention_oracle import attend
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kestrel_kernels.flash_attn import cute
+from support import BACKENDS, CUDA_BACKENDS, HALVES, Backend, random
+from test_attention import Case
+
+KERNEL = "FlashAttentionFwd"
+pytestmark = pytest.mark.skipif(not CUDA_BACKENDS, reason="a kernel of CUDA")
+TILE = 64  # queries of a group, keys of a step
+SIZES = [17, TILE - 1, TILE, TILE + 1, 2 * TILE, 3 * TILE + 1, 300]
+SOURCES: dict[str, dict[str, Any]] = {
+    "boxes": {},
+    "packed": {"packed_q": True, "packed_k": True},
+    "paged": {"page_size": 1},
+    "pages": {"page_size": 48},
+    "converted": {"kv_dtype": "float8_e4m3fn"},
+    "converted_paged": {"kv_dtype": "float8_e4m3fn", "page_size": 3},
+}
+
+
+@pytest.fixture(autouse=True)
+def on_cuda(request: pytest.FixtureRequest) -> None:
+    if "backend" in request.fixturenames and request.getfixturevalue("backend").device != "cuda":
+        pytest.skip("a kernel of CUDA")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=["full", "causal"])
+def test_tile_edges(backend: Backend, source: str, options: dict[str, Any]) -> None:
+    for n in SIZES:
+        Case([(n, n)], (2, 1), options=options, **SOURCES[source]).check(backend, KERNEL)
+    Case([(70, 200), (70, 1), (70, 0), (70, 64)], options=options, **SOURCES[source]).check(backend, KERNEL)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("width", [40, 64, 72, 80, 96, 104, 128])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_head_sizes(backend: Backend, source: str, width: int, dtype: str) -> None:
+    case = Case([(100, 170), (30, 30), (100, 100)], (4, 2), width, dtype, options={"causal": True}, **SOURCES[source])
+    if not case.packed_q:
+        case.lengths = [(100, 170), (100, 100)]
+    case.check(backend, KERNEL)
+
+
+@pytest.mark.parametrize("source", ["boxes", "packed", "paged"])
+@pytest.mark.parametrize("width", [136, 256])
+def test_wide_heads(backend: Backend, source: str, width: int) -> None:
+    Case([(100, 170)], (2, 1), width, options={"causal": True}, **SOURCES[source]).check(backend, KERNEL)
+
+
+def test_many_tiles(backend: Backend) -> None:
+    """More than one wave, and packed sequences of every kind."""
+    Case([(700, 800)] * 3, (16, 4), options={"causal": True}).check(backend, KERNEL)
+    lengths = [(i * 37 % 90, i * 53 % 140) for i in range(40)]
+    Case(lengths, (6, 3), options={"causal": True}, **SOURCES["packed"]).check(backend, KERNEL)
+    Case(lengths, (6, 3), 128, options={"window_size": (20, 5)}, **SOURCES["packed"]).check(backend, KERNEL)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), backend=st.sampled_from(CUDA_BACKENDS or BACKENDS))
+def test_combinations(data: st.DataObject, backend: Backend) -> None:
+    draw = data.draw
+    source = dict(SOURCES[draw(st.sampled_from(list(SOURCES)))])
+    if "page_size" in source:
+        source["page_size"] = draw(st.integers(1, 80))
+    batch, len_q = draw(st.integers(1, 3)), draw(st.integers(17, 400))
+    lengths = [
+        (draw(st.integers(17, 200)) if "packed_q" in source else len_q, draw(st.integers(0, 500))) for _ in range(batch)
+    ]
+    k_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    options: dict[str, Any] = {"causal": draw(st.booleans())}
+    if draw(st.booleans()):
+        prefix = st.integers(0, 450)
+        options["prefix_len"] = draw(prefix | st.lists(prefix, min_size=batch, max_size=batch))
+    if draw(st.booleans()):
+        side = st.none() | st.integers(-1, 300)
+        options["window_size"] = draw(st.tuples(side, side))
+    if draw(st.booleans()):
+        options["softcap"] = draw(st.floats(0.5, 20.0))
+    if draw(st.booleans()):
+        options["learnable_sink"] = random((k_heads * group,)).astype(np.float32)
+    if draw(st.booleans()):
+        options["softmax_scale"] = draw(st.sampled_from([-0.1, 0.0, 0.05, 0.3]))
+    Case(
+        lengths, (k_heads * group, k_heads), draw(st.sampled_from([64, 64, 72, 128])), draw(st.sampled_from(HALVES)),
+        spare=draw(st.integers(0, 70)), options=options, seed=draw(st.integers(0, 99)), **source,
+    ).check(backend, KERNEL)  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [64, 72, 128])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rise", [-0.5, -0.05, 0.05, 0.5, 5.0])
+def test_scores_that_grow(backend: Backend, width: int, dtype: str, causal: bool, rise: float) -> None:
+    """Scores that grow from tile to tile, either way: by less than the weights' margin, by more, and by more than the
+    weights can hold."""
+    tokens, heads = 400, 2
+    q = np.abs(random((1, tokens, heads, width)))
+    q /= q.mean(axis=-1, keepdims=True)
+    k = np.broadcast_to(np.arange(tokens)[None, :, None, None] * rise / np.sqrt(width), q.shape)
+    q, k, v = (backend.array(x, dtype) for x in (q, k, random(q.shape, 2)))
+    out, lse = cute.flash_attn_func(q, k, v, causal=causal, return_lse=True)
+    assert cute.last_kernel() == KERNEL
+    got, got_lse = backend.numpy(out)[0], backend.numpy(lse)[0]
+    want, want_lse = attend(*(backend.numpy(x)[0] for x in (q, k, v)), causal=causal)
+    # fp32 scores near s are off by s 2^-22 or so, and the weights, relatively, by as much.
+    top = np.abs(want_lse).max() + 1
+    assert np.abs(got - want).max() <= (2.0**-7 if dtype == "bfloat16" else 2.0**-9) * 4 + top * 4e-6
+    assert np.abs(got_lse - want_lse).max() <= top * 4e-6
+
+
+def test_a_row_does_not_depend_on_the_batch(backend: Backend) -> None:
+    """The same bits alone, in a batch, or packed; on every run."""
+    options = {"causal": True, "window_size": (150, None)}
+    whole = Case([(150, 300), (150, 170)], (3, 1), options=options).run(backend)
+    alone = Case([(150, 300)], (3, 1), options=options).run(backend)
+    for a, b in zip(whole[0], alone[0], strict=True):
+        assert np.array_equal(a, b)
+    many = Case([(150, 300)] + [(150, 170)] * 60, (3, 1), options=options)
+    first = many.run(backend)
+    for a, b in zip(first[0], alone[0], strict=True):
+        assert np.array_equal(a, b)
+    for _ in range(5):
+        again = many.run(backend)
+        assert all(np.array_equal(x[0], y[0]) for x, y in zip(first, again, strict=True))
+
+
+def test_lengths_out_of_range(backend: Backend) -> None:
+    """Whatever the tensors of lengths hold, nothing outside q, k, v and out is touched."""
+    q, k = (backend.array(random((200, 2, 64), i), "bfloat16") for i in range(2))
+    for starts_q, starts_k in (([-50, 90, 400], [-7, 300, 90]), ([300, -5, 2**31 - 1], [0, 2**31 - 1, 100])):
+        cu_q, cu_k = backend.array(starts_q, "int32"), backend.array(starts_k, "int32")
+        cute.flash_attn_varlen_func(q, k, k, cu_q, cu_k, None, None, causal=True)
+    used, table = backend.array([2**31 - 1, -3], "int32"), backend.array(np.full((2, 90), 10**9), "int32")
+    cute.flash_attn_with_kvcache(q[None][:, :100], k[:, None], k[:, None], table[:1], used[:1], causal=True)
+    q2 = backend.array(random((2, 50, 2, 64)), "bfloat16")
+    out = cute.flash_attn_with_kvcache(q2, k[:, None], k[:, None], table, used)
+    assert not np.isnan(backend.numpy(out)).any()
