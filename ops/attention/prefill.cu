@@ -37,7 +37,8 @@ PrefillShape shape_of(const AttentionProblem& p, int most_groups) {
   // Tiles of one length: a block that goes from one to the next has its loads ahead (13 x 729 keys of 16 x 72: 89 us,
   // 106 without). Of different lengths, each SM had better take the next when it is done with one.
   const bool even = !p.causal && p.window_left < 0 && p.window_right < 0 && !p.cu_seqlens_q;
-  return {most_groups, false, p.head_size <= 80, even};
+  const bool small = p.head_size <= 80;  // at 128, neither this nor turns gains anything
+  return {most_groups, false, small, small && even};
 }
 
 }  // namespace
