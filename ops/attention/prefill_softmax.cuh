@@ -55,12 +55,14 @@ __device__ __forceinline__ float2 sums_of(const float (&s)[kScores]) {
   return {even[0] + odd[0], even[1] + odd[1]};
 }
 
-// Sees to it that no weight will pass 2^8. Returns whether what was summed before must shrink, by `shrink`.
-__device__ __forceinline__ bool raise_reference(const float (&s)[kScores], Rows2& rows, float (&shrink)[2],
+// Sees to it that no weight will pass 2^8. What was summed before must shrink by `shrink`: by 1 where the reference
+// stays, as it does for the neighbours of a row of NaN, which nothing can raise.
+__device__ __forceinline__ void raise_reference(const float (&s)[kScores], Rows2& rows, float (&shrink)[2],
                                                 float scale) {
   float top[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    shrink[r] = 1.0f;
     top[r] = fmaxf(s[2 * r], s[2 * r + 1]);
 #pragma unroll
     for (int i = 4; i < kScores; i += 4) top[r] = fmaxf(top[r], fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
@@ -78,7 +80,6 @@ __device__ __forceinline__ bool raise_reference(const float (&s)[kScores], Rows2
       rows.sum[r] *= shrink[r];
     }
   }
-  return rose;
 }
 
 // Scores into weights 2^(score scale - reference). Returns the thread's part of the rows' sums.
