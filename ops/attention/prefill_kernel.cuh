@@ -111,6 +111,38 @@ struct Group {
     }
   }
 
+  // Keys of pages that are none: nobody sees them. To be asked before the stage of keys is released.
+  __device__ __forceinline__ uint2 missing_rows(Stage at) const {
+    if constexpr (Tile::kBoxes) return {0, 0};
+    return *reinterpret_cast<const uint2*>(shared.missing(at.stage()));
+  }
+  __device__ __forceinline__ bool any_missing(Stage at) const {
+    const uint2 rows = missing_rows(at);
+    return !Tile::kBoxes && warp_uniform(rows.x | rows.y) != 0;
+  }
+  __device__ __forceinline__ void mask_missing(float (&s)[kScores], Stage at) const {
+    const uint2 rows = missing_rows(at);
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const int row = i / 4 * 8 % 32 + i % 2 + column_of(thread);
+      if ((i < kScores / 2 ? rows.x : rows.y) >> row & 1) s[i] = -INFINITY;
+    }
+  }
+
+  // Rows past the sequence's queries may be another's, or NaN. As zeros, they sway no vote of their warp: a sequence's
+  // bits do not depend on what stands behind it.
+  __device__ __forceinline__ void clean_queries(const Plan& plan) const {
+    const int count = plan.s.q_len - plan.row[index];
+    if (count >= kTileRows) return;
+    const uint32_t at = shared.query(slot(), index);
+    for (int i = count * 8 + thread; i < kTileRows * 8; i += kGroupThreads)
+#pragma unroll
+      for (int panel = 0; panel < Tile::kPanels; ++panel)
+        store_shared(at + panel * kPanelBytes + i * 16, uint4{0, 0, 0, 0});
+    fence_shared_writes();
+    sync();
+  }
+
   // Weights of 0 do not hide NaN: rows of values past the sequence's keys become zeros. Every group writes them all.
   __device__ __forceinline__ void clean_values(int first, Stage place) const {
     wait_values(place);
@@ -192,14 +224,16 @@ struct Group {
     if constexpr (Tile::kSource == KeySource::kE4m3Rows) convert_queries(plan);
     const Stage k_at{next++};
     wait_barrier(shared.query_full(slot()), Place<Tile::kQuerySlots>{plans}.parity());
+    if (Tile::kSource != KeySource::kE4m3Rows && p.cu_seqlens_q) clean_queries(plan);
     wait_keys(k_at);
     see_copies();
     wgmma_fence();
     issue_scores(s, k_at);
     wgmma_wait<0>();
-    release_keys(k_at);
     if (transforms) transform(s);
     mask(tile);
+    if (any_missing(k_at)) mask_missing(s, k_at);
+    release_keys(k_at);
     raise_reference(s, rows, shrink, scale);
     const float2 sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
     rows.sum[0] = sums.x;
@@ -218,9 +252,11 @@ struct Group {
       issue_scores(s, k_at);
       issue_values(o, weights, v_at);
       pass_turn();
+      const bool missing = any_missing(k_at);
       wgmma_wait<1>();
       if (unlikely(transforms)) transform(s);
       if (unlikely(masked)) mask(tile);
+      if (unlikely(missing)) mask_missing(s, k_at);
       // The bet is that no weight passes 2^8. Whether it was lost shows on packed weights, at half the cost of looking
       // for the largest score. Exponentials beside the product with the values cost 9% at 4096 keys of head size 64.
       wgmma_wait<0>();
@@ -234,6 +270,7 @@ struct Group {
           score_again(s, k_at);
           if (transforms) transform(s);
           if (masked) mask(tile);
+          if (missing) mask_missing(s, k_at);
           raise_reference(s, rows, shrink, scale);
           sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
           pack_weights<T>(weights, s);
@@ -399,11 +436,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) prefill_kernel(const __grid
   const uint32_t aligned = (shared_address(memory) + 1023) & ~1023u;
   const PrefillShared<Tile> shared{memory + (aligned - shared_address(memory)), aligned};
   const int groups = a.groups;
-  // Who says that a tile is there: the copy engine, each copying thread, or each converting warp.
+  // Who says that a tile is there: the copy engine, each copying thread (and of keys, each warp), or each converting
+  // warp.
   constexpr int kFull = Tile::kBoxes ? 1 : Tile::kSource == KeySource::kRows ? kGroupThreads : kGroupThreads / 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kStages; ++i) {
-      init_barrier(shared.keys_full(i), kFull);
+      init_barrier(shared.keys_full(i), kFull + (Tile::kSource == KeySource::kRows ? kGroupThreads / 32 : 0));
       init_barrier(shared.values_full(i), kFull);
       init_barrier(shared.keys_empty(i), 4 * groups);
       init_barrier(shared.values_empty(i), groups);

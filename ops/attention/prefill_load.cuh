@@ -37,6 +37,10 @@ struct PrefillShared {
   __device__ __forceinline__ uint32_t values(uint32_t stage) const {
     return base + Tile::kValuesAt + stage * Tile::kTileBytes;
   }
+  // A bit for each row of keys that lies in no page there is.
+  __device__ __forceinline__ uint16_t* missing(uint32_t stage) const {
+    return reinterpret_cast<uint16_t*>(memory + Tile::kMissingAt) + stage * 4;
+  }
   __device__ __forceinline__ uint32_t ones() const { return base + Tile::kOnesAt; }
   __device__ __forceinline__ uint32_t barrier(uint32_t i) const { return base + Tile::kBarriersAt + 8 * i; }
   __device__ __forceinline__ uint32_t keys_full(uint32_t stage) const { return barrier(stage); }

@@ -35,16 +35,21 @@ class RowLoader {
           if (i + d >= count) break;
           const Place<Tile::kStages> at{next + i + d};
           const int64_t place = place_of(plan, i + d, pages[d]);
+          const uint32_t missing = missing_of(pages[d]);
           pages[d] = page_of(plan, i + d + kAhead);
+          wait_empty<false>(at);
+          tell_missing(missing, at);
           copy_rows<false>(place, at);
           copy_rows<true>(place, at);
         }
       }
     } else {
       Raw keys[kAhead], values[kAhead];
+      uint32_t missing[kAhead];
 #pragma unroll
       for (int d = 0; d < kAhead; ++d) {
         const int64_t place = place_of(plan, d, pages[d]);
+        missing[d] = missing_of(pages[d]);
         pages[d] = page_of(plan, d + kAhead);
         fetch<false>(place, keys[d]);
         fetch<true>(place, values[d]);
@@ -56,6 +61,9 @@ class RowLoader {
           if (i + d >= count) break;
           const Place<Tile::kStages> at{next + i + d};
           const int64_t place = place_of(plan, i + d + kAhead, pages[d]);
+          wait_empty<false>(at);
+          tell_missing(missing[d], at);
+          missing[d] = missing_of(pages[d]);
           pages[d] = page_of(plan, i + d + 2 * kAhead);
           convert<false>(keys[d], at);
           fetch<false>(place, keys[d]);
@@ -77,17 +85,18 @@ class RowLoader {
   __device__ __forceinline__ int key_of(const Plan& plan, int i) const {
     return (plan.last - 1 - i) * kTileRows + 16 * warp_ + lane_ % 16;
   }
-  // -1: a row that no query sees, or of a page that is none. What lies there may be NaN, or nowhere: it is not touched,
-  // and zeros stand for it.
+  // kUnseen: a row that no query sees, kMissing: one of a page that is none. What lies there may be NaN, or nowhere: it
+  // is not touched, and zeros stand for it.
+  static constexpr int kUnseen = -1, kMissing = -2;
   __device__ __forceinline__ int page_of(const Plan& plan, int i) const {
     const AttentionProblem& p = a_.problem;
     const int key = key_of(plan, i);
-    if (key < plan.first_key || key >= plan.last_key) return -1;
+    if (key < plan.first_key || key >= plan.last_key) return kUnseen;
     if (!p.page_table) return plan.k_batch;
     uint32_t entry, slot;
     a_.by_page_size(key, &entry, &slot);
     const int page = p.page_table[plan.k_batch * p.page_table_stride + entry];
-    return page < p.pages ? page : -1;
+    return page >= 0 && page < p.pages ? page : kMissing;
   }
   // In elements.
   __device__ __forceinline__ int64_t place_of(const Plan& plan, int i, int page) const {
@@ -104,6 +113,16 @@ class RowLoader {
   }
   __device__ __forceinline__ bool holds(int chunk) const {
     return chunk < kChunks && chunk * 8 < static_cast<int>(a_.problem.head_size);
+  }
+  // Which of the warp's rows are missing, and what the groups are told of it.
+  __device__ __forceinline__ uint32_t missing_of(int page) const {
+    return __ballot_sync(~0u, page == kMissing) & 0xffff;
+  }
+  __device__ __forceinline__ void tell_missing(uint32_t missing, Place<Tile::kStages> at) const {
+    if (lane_ != 0) return;
+    shared_.missing(at.stage())[warp_] = static_cast<uint16_t>(missing);
+    // The arrivals of asynchronous copies do not speak for this store; those after a conversion do.
+    if (Tile::kSource == KeySource::kRows) arrive(shared_.keys_full(at.stage()));
   }
   template <bool kValues>
   __device__ __forceinline__ uint32_t wait_empty(Place<Tile::kStages> at) const {
@@ -140,8 +159,7 @@ class RowLoader {
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         const int chunk = pass * 8 + lane_ % 8;
-        raw.chunk[round][pass] = {};
-        if (row >= 0 && holds(chunk)) raw.chunk[round][pass] = kestrel::load<8>(from + row + chunk * 8);
+        raw.chunk[round][pass] = load_if(row >= 0 && holds(chunk), from + row + chunk * 8);
       }
     }
   }

@@ -46,7 +46,7 @@ struct PrefillTile {
   // Registers of a thread in a group, and in the loading warpgroup: all of a launch's.
   static constexpr int kRegisters = kGroups == 4                  ? 112
                                     : kGroups == 3                ? (kBoxes || kHead > 80 ? 152
-                                                                     : kHead > 64         ? 144
+                                                                     : kHead > 64         ? 136
                                                                                           : 128)
                                     : kBoxes                      ? 232
                                     : kSource == KeySource::kRows ? 216
@@ -60,9 +60,11 @@ struct PrefillTile {
   static constexpr int kQueryBytes = kGroups * kTileBytes;  // of a slot
   static constexpr int kKeysAt = kQuerySlots * kQueryBytes, kValuesAt = kKeysAt + kStages * kTileBytes;
   static constexpr int kOnesAt = kValuesAt + kStages * kTileBytes, kPlansAt = kOnesAt + kOnesBytes;
-  static constexpr int kBarriersAt = kPlansAt + kQuerySlots * kPlanBytes;
+  static constexpr int kMissingAt = kPlansAt + kQuerySlots * kPlanBytes;
+  static constexpr int kBarriersAt = kMissingAt + (kBoxes ? 0 : kStages * 8);
   // Full and empty: of the keys' stages, the values' stages, the query slots; and the slots' plans.
   static constexpr int kSharedBytes = kBarriersAt + 16 * (2 * kStages + kQuerySlots) + 8 * kQuerySlots + 1024;
+  static_assert(kSharedBytes <= 227 << 10);
 };
 
 struct PrefillArgs {
