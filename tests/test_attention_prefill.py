@@ -10,7 +10,7 @@ from attention_oracle import attend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kestrel_kernels.flash_attn import cute
-from support import BACKENDS, CUDA_BACKENDS, HALVES, Backend, random
+from support import BACKENDS, CUDA_BACKENDS, HALVES, Backend, assert_close, random
 from test_attention import Case
 
 KERNEL = "FlashAttentionFwd"
@@ -145,3 +145,62 @@ def test_lengths_out_of_range(backend: Backend) -> None:
     q2 = backend.array(random((2, 50, 2, 64)), "bfloat16")
     out = cute.flash_attn_with_kvcache(q2, k[:, None], k[:, None], table, used)
     assert not np.isnan(backend.numpy(out)).any()
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("width", [64, 80])
+def test_pages_that_are_none(backend: Backend, kv_dtype: str, width: int) -> None:
+    """Their keys are seen by nobody."""
+    pages = backend.array(random((300, 1, 2, width), 1), kv_dtype)
+    q = backend.array(random((1, 200, 2, width)), "bfloat16")
+    good = np.random.default_rng(0).permutation(300)
+    table = np.stack([good, np.resize([-1, 300, 2**31 - 1, -(2**31)], 300)], 1).reshape(1, -1)
+    first, second = (
+        cute.flash_attn_with_kvcache(q, pages, pages, backend.array(x, "int32"), return_lse=True)
+        for x in (table, good[None])
+    )
+    assert cute.last_kernel() == KERNEL
+    # The same keys in other tiles: each weight is rounded once in both.
+    for got, want in zip(first, second, strict=True):
+        assert_close(backend.numpy(got), backend.numpy(want), "bfloat16", slack=2.0**-8)
+    none, lse = cute.flash_attn_with_kvcache(q, pages, pages, backend.array(table[:, 1::2], "int32"), return_lse=True)
+    assert not backend.numpy(none).any() and np.isneginf(backend.numpy(lse)).all()
+
+
+@pytest.mark.parametrize("width", [64, 80, 128])
+@pytest.mark.parametrize("paged", [False, True])
+def test_what_stands_behind_a_sequence(backend: Backend, width: int, paged: bool) -> None:
+    """Its last queries share a warp with NaN, with large numbers, with nothing: the same bits."""
+    q = random((200, 2, width))
+    k = backend.array(random((150, 1, 2, width) if paged else (150, 2, width), 1), "bfloat16")
+    where: dict[str, Any] = {"page_table": backend.array(np.arange(150)[None], "int32")} if paged else {}
+    starts_q, starts_k = (backend.array([0, n], "int32") for n in (100, 150))
+    results = []
+    for rows, behind in ((100, 0.0), (200, np.nan), (200, 1e4), (200, np.inf)):
+        q[100:] = behind
+        out, lse = cute.flash_attn_varlen_func(
+            backend.array(q[:rows], "bfloat16"), k, k, starts_q, None if paged else starts_k, None, None, causal=True,
+            return_lse=True, **where,
+        )  # fmt: skip
+        assert cute.last_kernel() == KERNEL
+        results.append((backend.bits(out)[:100].tobytes(), backend.bits(lse)[:, :100].tobytes()))
+    assert results == [results[0]] * 4
+
+
+@pytest.mark.parametrize("of", ["q", "k"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_keeps_to_its_row(backend: Backend, of: str, bad: float) -> None:
+    """A query of NaN, or a key that late queries see: the others, some in the same warp, are right."""
+    arrays = {
+        name: backend.numpy(backend.array(random((1, 200, 2, 64), i), "bfloat16")) for i, name in enumerate("qkv")
+    }
+    want, _ = attend(*(x[0] for x in arrays.values()), causal=True)
+    most, _ = attend(arrays["q"][0], arrays["k"][0], np.abs(arrays["v"][0]), causal=True)
+    arrays[of][0, 150] = bad
+    q, k, v = (backend.array(x, "bfloat16") for x in arrays.values())
+    got = backend.numpy(cute.flash_attn_func(q, k, v, causal=True))[0]
+    assert cute.last_kernel() == KERNEL
+    others = np.delete(np.arange(200), 150) if of == "q" else np.arange(150)
+    assert_close(got[others], want[others], "bfloat16", slack=3e-6 + 2.0**-8 * most[others])
+    if np.isnan(bad):
+        assert np.isnan(np.delete(got, others, axis=0)).all()
