@@ -99,14 +99,15 @@ def test_combinations(data: st.DataObject, backend: Backend) -> None:
 @pytest.mark.parametrize("width", [64, 72, 128])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("rise", [-0.5, -0.05, 0.05, 0.5, 5.0])
-def test_scores_that_grow(backend: Backend, width: int, dtype: str, causal: bool, rise: float) -> None:
-    """Scores that grow from tile to tile, either way: by less than the weights' margin, by more, and by more than the
-    weights can hold."""
+@pytest.mark.parametrize("rise", [-5.0, -1.38, -1.3, -0.5, -0.05, 0.05, 0.5, 5.0])
+@pytest.mark.parametrize("step", [1, TILE])
+def test_scores_that_grow(backend: Backend, width: int, dtype: str, causal: bool, rise: float, step: int) -> None:
+    """Scores that grow from tile to tile, either way: by less than the weights' margin, by more, by as much as sums of
+    them can hold, and by more."""
     tokens, heads = 400, 2
     q = np.abs(random((1, tokens, heads, width)))
     q /= q.mean(axis=-1, keepdims=True)
-    k = np.broadcast_to(np.arange(tokens)[None, :, None, None] * rise / np.sqrt(width), q.shape)
+    k = np.broadcast_to((np.arange(tokens) // step * step)[None, :, None, None] * rise / np.sqrt(width), q.shape)
     q, k, v = (backend.array(x, dtype) for x in (q, k, random(q.shape, 2)))
     out, lse = cute.flash_attn_func(q, k, v, causal=causal, return_lse=True)
     assert cute.last_kernel() == KERNEL

@@ -6,6 +6,8 @@
 //          or [pages, page_size, Hk, D] with page_table                      any strides, last dim contiguous
 //   lse    [B, Hq, Sq], packed [Hq, total_q]                                 f32, any strides
 // out and lse overlap no input. A sequence's bits do not depend on the others, nor on the number of threads.
+// FlashAttentionFwd rounds softmax's weights to q's type (e4m3 keys: f16); where a value is NaN or Inf, it reaches
+// queries that do not see it, too, if they are among 64 of which one sees a key among the 64 around it.
 #pragma once
 
 #include <kestrel/tensor.h>

@@ -266,7 +266,7 @@ struct Group {
       const uint2 largest = largest_weights<T>(weights);
       const bool lost = any_above<WeightBits<T>::kLimit>(largest);
       if (unlikely(lost)) {
-        if (unlikely(any_above<WeightBits<T>::kInfinity - 1>(largest))) {
+        if (unlikely(any_above<WeightBits<T>::kMost>(largest))) {
           score_again(s, k_at);
           if (transforms) transform(s);
           if (masked) mask(tile);

@@ -114,7 +114,8 @@ __device__ __forceinline__ uint2 largest_weights(const uint32_t (&p)[kTileRows /
 template <class T>
 struct WeightBits {
   static constexpr uint32_t kLimit = dtype_of<T> == DType::kBF16 ? 0x4380 : 0x5c00;  // 2^8
-  static constexpr uint32_t kInfinity = dtype_of<T> == DType::kBF16 ? 0x7f80 : 0x7c00;
+  // Above, scores are worked out again: infinity is there, or near enough for a sum of weights to come to it.
+  static constexpr uint32_t kMost = dtype_of<T> == DType::kBF16 ? 0x7b7f : 0x7bff;  // 2^120, 65504
   static constexpr int kFraction = dtype_of<T> == DType::kBF16 ? 7 : 10, kBias = dtype_of<T> == DType::kBF16 ? 127 : 15;
 };
 template <uint32_t kBound>
@@ -123,9 +124,8 @@ __device__ __forceinline__ bool any_above(uint2 pairs) {
       ~0u, max(pairs.x, pairs.y) > (kBound << 16 | 0xffff) || max(pairs.x & 0xffff, pairs.y & 0xffff) > kBound);
 }
 
-constexpr int kMostPower = 126;  // 2^-127 would be subnormal
-
-// Weights above 2^8, but finite: brings them, and with `shrink` what was summed before, down by powers of two.
+// Weights above 2^8, but none above kMost: brings them, and with `shrink` what was summed before, down by powers of
+// two.
 template <class T>
 __device__ __forceinline__ void lower_weights(uint32_t (&p)[kTileRows / 16][4], uint2 largest, Rows2& rows,
                                               float (&shrink)[2]) {
@@ -137,7 +137,7 @@ __device__ __forceinline__ void lower_weights(uint32_t (&p)[kTileRows / 16][4], 
     uint32_t top = max(pair >> 16, pair & 0xffff);
     top = max(top, __shfl_xor_sync(~0u, top, 1));
     top = max(top, __shfl_xor_sync(~0u, top, 2));
-    const int power = top > Bits::kLimit ? min(static_cast<int>(top >> Bits::kFraction) - Bits::kBias, kMostPower) : 0;
+    const int power = top > Bits::kLimit ? static_cast<int>(top >> Bits::kFraction) - Bits::kBias : 0;
     shrink[r] = __uint_as_float(static_cast<uint32_t>(127 - power) << 23);
     rows.reference[r] += static_cast<float>(power);
     rows.sum[r] *= shrink[r];
