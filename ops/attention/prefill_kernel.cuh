@@ -233,8 +233,8 @@ struct Group {
     if (transforms) transform(s);
     mask(tile);
     if (any_missing(k_at)) mask_missing(s, k_at);
-    release_keys(k_at);
     raise_reference(s, rows, shrink, scale);
+    release_keys(k_at);  // after a vote on what was read there: an arrival may overtake a load
     const float2 sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
     rows.sum[0] = sums.x;
     rows.sum[1] = sums.y;
