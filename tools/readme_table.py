@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- figures: begin (made by tools/readme_table.py) -->"
 END = "<!-- figures: end -->"
 HOST_TIME = "host_time"
-CASES = ROOT / "python/kestrel_kernels/benchmarks/cases.json"
+CASES = ROOT / "benchmarks/cases.json"
 
 
 def figure(us: float) -> str:

@@ -1,9 +1,7 @@
 // Fragments of mma.sync straight from global memory: loads that leave their registers alone where there is nothing to
 // load (a loop can reload in place, without a branch: with one ptxas moves what it has loaded, and waits for it), the
-// transpose of an 8 x 8 fragment, and e4m3 widened to f16, which is exact.
+// transpose of an 8 x 8 fragment.
 #pragma once
-
-#include <cuda_fp8.h>
 
 #include <cstdint>
 
@@ -42,25 +40,6 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
   uint32_t transposed;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
   return transposed;
-}
-
-// cvt.rn.f16x2.e4m3x2: the two low and the two high bytes.
-__device__ __forceinline__ void widen_e4m3(uint32_t bytes, uint32_t* low, uint32_t* high) {
-#if __CUDA_ARCH__ >= 890
-  asm("{\n"
-      ".reg .b16 low, high;\n"
-      "mov.b32 {low, high}, %2;\n"
-      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
-      "cvt.rn.f16x2.e4m3x2 %1, high;\n"
-      "}\n"
-      : "=r"(*low), "=r"(*high)
-      : "r"(bytes));
-#else
-  const __half2_raw a = __nv_cvt_fp8x2_to_halfraw2(static_cast<uint16_t>(bytes), __NV_E4M3);
-  const __half2_raw b = __nv_cvt_fp8x2_to_halfraw2(static_cast<uint16_t>(bytes >> 16), __NV_E4M3);
-  *low = a.x | uint32_t{a.y} << 16;
-  *high = b.x | uint32_t{b.y} << 16;
-#endif
 }
 
 }  // namespace kestrel

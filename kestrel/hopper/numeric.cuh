@@ -63,6 +63,7 @@ __device__ __forceinline__ uint32_t to_f16x2(uint32_t pair) {
 
 // cvt.rn.f16x2.e4m3x2, twice: four e4m3, exactly.
 __device__ __forceinline__ void widen(uint32_t bits, uint32_t* low, uint32_t* high) {
+#if __CUDA_ARCH__ >= 890
   asm("{\n"
       ".reg .b16 l, h;\n"
       "mov.b32 {l, h}, %2;\n"
@@ -71,6 +72,12 @@ __device__ __forceinline__ void widen(uint32_t bits, uint32_t* low, uint32_t* hi
       "}"
       : "=r"(*low), "=r"(*high)
       : "r"(bits));
+#else
+  const __half2_raw a = __nv_cvt_fp8x2_to_halfraw2(static_cast<uint16_t>(bits), __NV_E4M3);
+  const __half2_raw b = __nv_cvt_fp8x2_to_halfraw2(static_cast<uint16_t>(bits >> 16), __NV_E4M3);
+  *low = a.x | uint32_t{a.y} << 16;
+  *high = b.x | uint32_t{b.y} << 16;
+#endif
 }
 
 // 2^x and 1/x by the special function unit: relative error below 2^-22, subnormals flushed.

@@ -182,8 +182,8 @@ __device__ __forceinline__ void multiply_k(float (&sums)[4], const uint32_t* low
   for (int w = 0; w < Tile::kKWords; w += sizeof(typename Tile::KV)) {
     if constexpr (sizeof(typename Tile::KV) == 1) {
       uint32_t a[4];
-      widen_e4m3(low[w], &a[0], &a[2]);
-      widen_e4m3(high[w], &a[1], &a[3]);
+      widen(low[w], &a[0], &a[2]);
+      widen(high[w], &a[1], &a[3]);
       mma<T>(sums, a[0], a[1], a[2], a[3], q[w][0], q[w][1]);
     } else {
       mma<T>(sums, low[w], high[w], low[w + 1], high[w + 1], q[w / 2][0], q[w / 2][1]);
@@ -201,8 +201,8 @@ __device__ __forceinline__ void multiply_v(float (&out)[Tile::kSize / 16][4], co
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         const uint32_t select = pair ? 0x7362 : 0x5140;
-        widen_e4m3(__byte_perm(v[0][w], v[1][w], select), &a[0], &a[1]);
-        widen_e4m3(__byte_perm(v[2][w], v[3][w], select), &a[2], &a[3]);
+        widen(__byte_perm(v[0][w], v[1][w], select), &a[0], &a[1]);
+        widen(__byte_perm(v[2][w], v[3][w], select), &a[2], &a[3]);
         mma<T>(out[2 * w + pair], a[0], a[1], a[2], a[3], p[0], p[1]);
         if constexpr (Tile::kTwoParts) mma<T>(out[2 * w + pair], a[0], a[1], a[2], a[3], rest[0], rest[1]);
       }

@@ -15,6 +15,13 @@ struct ExpertWeights {
   int64_t scale_stride = 0;  // between experts
 };
 
+// The rows of every expert from `row` on: the second half of two that stand in one tensor, or a chunk.
+inline ExpertWeights from_row(ExpertWeights weights, int64_t row, DType dtype) {
+  weights.data = static_cast<const char*>(weights.data) + row * weights.row_stride * size_of(dtype);
+  if (weights.scale) weights.scale += row;
+  return weights;
+}
+
 struct MoeArgs {
   DType dtype{};  // of x and the weights: bf16, f16 or e4m3
   Tensor out;     // rows: assignments; with reduce: tokens. Of e4m3 bf16, or f32 for up

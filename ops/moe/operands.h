@@ -67,11 +67,4 @@ inline void check_tile(Contract& c, int64_t tile, const MoeLayerSizes& sizes, bo
   args->tile = static_cast<int>(tile);
 }
 
-// The rows of every expert from `row` on: the second half of two that stand in one tensor.
-inline ExpertWeights from_row(ExpertWeights weights, int64_t row, DType dtype) {
-  weights.data = static_cast<const char*>(weights.data) + row * weights.row_stride * size_of(dtype);
-  if (weights.scale) weights.scale += row;
-  return weights;
-}
-
 }  // namespace kestrel

@@ -111,12 +111,6 @@ void product(Stream stream, const MoeArgs& a) {
   kMoeWgmma[tile][a.dtype == DType::kBF16 ? 0 : a.dtype == DType::kF16 ? 1 : 2](stream, a);
 }
 
-ExpertWeights from(ExpertWeights weights, int64_t row, DType dtype) {
-  weights.data = static_cast<const char*>(weights.data) + row * weights.row_stride * size_of(dtype);
-  if (weights.scale) weights.scale += row;
-  return weights;
-}
-
 template <class Out>
 void reduce(Stream stream, const MoeArgs& a, int64_t most_columns) {
   const int64_t assignments = a.assignments();
@@ -128,7 +122,7 @@ void reduce(Stream stream, const MoeArgs& a, int64_t most_columns) {
     MoeArgs chunk = a;
     chunk.out = Tensor(parts, DType::kF32, {assignments, columns}, a.out.device);
     chunk.out_rows = {assignments, assignments, columns, 0};
-    chunk.panel[0] = from(a.panel[0], first, a.dtype);
+    chunk.panel[0] = from_row(a.panel[0], first, a.dtype);
     chunk.width = columns;
     product(stream, chunk);
     const SumArgs<Out> sum{a.out.ptr<Out>() + first, parts, a.out_rows, columns, a.slots};

@@ -34,7 +34,6 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 QUICK_TOKENS = (1, 4, 16, 64, 740, 2048)
 ENTRIES = {"up": "moe_up", "down": "moe_down", "layer": "fused_moe"}
 WRONG = "wrong result"
-WARP_TOKENS = 64  # at most, in ops/moe/warp.cu: beyond, the wgmma kernels take over whatever the tile says
 # Not worth a graph: a single call that takes as many times the best so far, and as many microseconds for its launch.
 HOPELESS, LAUNCH = 3, 100
 _EPILOG = """\
@@ -189,18 +188,12 @@ class Winner:
     layer_us: float  # in one of the two tiles
 
 
-def serves(config: CuteMoeConfig, tokens: int) -> bool:
-    """Whether a tile's own kernel makes a product of so many tokens."""
-    return config.kernel_type == "wgmma" or tokens <= WARP_TOKENS
-
-
 def winners(rows: dict[Key, Result], layer: Layer, tiles: Collection[CuteMoeConfig] | None = None) -> list[Winner]:
     """For each token count the best tile of either product (of those named), of the block size in which the layer takes
     the least; where a layer is missing, both products. Counts for which a product has no right result have none."""
     best: dict[tuple[int, int, str], tuple[float, CuteMoeConfig]] = {}
     for key, result in rows.items():
-        named = (tiles is None or key.config in tiles) and serves(key.config, key.tokens)
-        if key.layer == layer and result.right and named:
+        if key.layer == layer and result.right and (tiles is None or key.config in tiles):
             place = (key.tokens, key.config.block_m, key.kind)
             if place not in best or result.us < best[place][0]:
                 best[place] = (result.us, key.config)
@@ -241,14 +234,13 @@ def write_config(folder: Path, layer: Layer, gpu: str, won: Sequence[Winner]) ->
 def keys(layers: Sequence[Layer], tokens: Sequence[int], further: Sequence[CuteMoeConfig]) -> Iterator[Key]:
     """The present choice first: what is far from it is given up early."""
     for layer in layers:
-        all_tiles = [tile for tile in (*tiles(), *further) if tile.dtype == layer.dtype]
+        candidates = [tile for tile in (*tiles(), *further) if tile.dtype == layer.dtype]
         for count in tokens:
-            candidates = [tile for tile in all_tiles if serves(tile, count)]
             chosen = _moe_config.choose(count, layer.experts, layer.hidden, layer.inner, layer.dtype)
             for kind, tile in zip(ENTRIES, (*chosen, chosen[0]), strict=True):
-                first = [c for c in candidates if tiles().get(c) == tile]
-                others = [c for c in candidates if c not in first]
-                yield from (Key(layer, count, kind, config) for config in (*first, *others))
+                first = next(c for c in candidates if tiles().get(c) == tile)
+                others = [c for c in candidates if c != first]
+                yield from (Key(layer, count, kind, config) for config in (first, *others))
 
 
 def compile_further(dtypes: Collection[str]) -> list[CuteMoeConfig]:

@@ -119,21 +119,6 @@ def _up_form(
     return _run_up((hidden_states,), (w1, w2), tail, out, config, activation)
 
 
-def _up_low_form(
-    A: Any,
-    B: Any,
-    C: Any = None,
-    *,
-    topk_weights: Any,
-    sorted_token_ids: Any,
-    expert_ids: Any,
-    num_tokens_post_padded: Any,
-    config: CuteMoeConfig | int | None = None,
-) -> Any:
-    tail = (topk_weights, None, sorted_token_ids, expert_ids, num_tokens_post_padded)
-    return _run_up((A,), (B, None), tail, C, config, None)
-
-
 def _up_fp8_form(
     hidden: Any,
     hidden_scale: Any,
@@ -155,23 +140,6 @@ def _up_fp8_form(
     return _run_up((hidden, hidden_scale), (w1, w1_scale, w2, w2_scale), tail, out, config, activation)
 
 
-def _up_fp8_low_form(
-    A: Any,
-    A_scale: Any,
-    B: Any,
-    B_scale: Any,
-    C: Any = None,
-    *,
-    topk_weights: Any,
-    sorted_token_ids: Any,
-    expert_ids: Any,
-    num_tokens_post_padded: Any,
-    config: CuteMoeConfig | int | None = None,
-) -> Any:
-    tail = (topk_weights, None, sorted_token_ids, expert_ids, num_tokens_post_padded)
-    return _run_up((A, A_scale), (B, B_scale, None, None), tail, C, config, None)
-
-
 def _down_form(
     moe_out: Any,
     w3: Any,
@@ -187,21 +155,6 @@ def _down_form(
 ) -> Any:
     tail = (topk_weights, topk_ids, sorted_token_ids, expert_ids, num_tokens_post_pad)
     return _run_down((moe_out,), (w3,), tail, out, config, reduce)
-
-
-def _down_low_form(
-    A: Any,
-    B: Any,
-    C: Any = None,
-    *,
-    topk_weights: Any,
-    sorted_token_ids: Any,
-    expert_ids: Any,
-    num_tokens_post_padded: Any,
-    config: CuteMoeConfig | int | None = None,
-) -> Any:
-    tail = (topk_weights, None, sorted_token_ids, expert_ids, num_tokens_post_padded)
-    return _run_down((A,), (B,), tail, C, config, False)
 
 
 def _down_fp8_form(
@@ -223,7 +176,25 @@ def _down_fp8_form(
     return _run_down((moe_out, moe_out_scale), (w3, w3_scale), tail, out, config, reduce)
 
 
-def _down_fp8_low_form(
+# The low-level forms, the same for up and down: x and the weights, each with its scale in fp8, the tail, out, config.
+_Call = tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...], Any, CuteMoeConfig | int | None]
+
+
+def _low_form(
+    A: Any,
+    B: Any,
+    C: Any = None,
+    *,
+    topk_weights: Any,
+    sorted_token_ids: Any,
+    expert_ids: Any,
+    num_tokens_post_padded: Any,
+    config: CuteMoeConfig | int | None = None,
+) -> _Call:
+    return (A,), (B,), (topk_weights, None, sorted_token_ids, expert_ids, num_tokens_post_padded), C, config
+
+
+def _low_fp8_form(
     A: Any,
     A_scale: Any,
     B: Any,
@@ -235,9 +206,9 @@ def _down_fp8_low_form(
     expert_ids: Any,
     num_tokens_post_padded: Any,
     config: CuteMoeConfig | int | None = None,
-) -> Any:
+) -> _Call:
     tail = (topk_weights, None, sorted_token_ids, expert_ids, num_tokens_post_padded)
-    return _run_down((A, A_scale), (B, B_scale), tail, C, config, False)
+    return (A, A_scale), (B, B_scale), tail, C, config
 
 
 @overload
@@ -294,7 +265,10 @@ def invoke_cute_moe_up(*args: Any, **keywords: Any) -> Any:
         TypeError: a dtype that is not taken, or an immutable `out`.
         ValueError: a shape, stride, alignment, device, activation or index that does not fit.
     """
-    return (_up_low_form if "num_tokens_post_padded" in keywords else _up_form)(*args, **keywords)
+    if "num_tokens_post_padded" not in keywords:
+        return _up_form(*args, **keywords)
+    x, w, tail, out, config = _low_form(*args, **keywords)
+    return _run_up(x, (*w, None), tail, out, config, None)
 
 
 @overload
@@ -343,7 +317,10 @@ def invoke_cute_moe_up_fp8(*args: Any, **keywords: Any) -> Any:
     The others, and the errors, are those of `invoke_cute_moe_up`; out is bf16. The low-level form is
     `(A, A_scale, B, B_scale, C, *, ...)`.
     """
-    return (_up_fp8_low_form if "num_tokens_post_padded" in keywords else _up_fp8_form)(*args, **keywords)
+    if "num_tokens_post_padded" not in keywords:
+        return _up_fp8_form(*args, **keywords)
+    x, w, tail, out, config = _low_fp8_form(*args, **keywords)
+    return _run_up(x, (*w, None, None), tail, out, config, None)
 
 
 @overload
@@ -393,7 +370,9 @@ def invoke_cute_moe_down(*args: Any, **keywords: Any) -> Any:
         TypeError: a dtype that is not taken, or an immutable `out`.
         ValueError: a shape, stride, alignment, device or index that does not fit.
     """
-    return (_down_low_form if "num_tokens_post_padded" in keywords else _down_form)(*args, **keywords)
+    if "num_tokens_post_padded" not in keywords:
+        return _down_form(*args, **keywords)
+    return _run_down(*_low_form(*args, **keywords), False)
 
 
 @overload
@@ -438,7 +417,9 @@ def invoke_cute_moe_down_fp8(*args: Any, **keywords: Any) -> Any:
     The others, and the errors, are those of `invoke_cute_moe_down`; out is bf16. The low-level form is
     `(A, A_scale, B, B_scale, C, *, ...)`.
     """
-    return (_down_fp8_low_form if "num_tokens_post_padded" in keywords else _down_fp8_form)(*args, **keywords)
+    if "num_tokens_post_padded" not in keywords:
+        return _down_fp8_form(*args, **keywords)
+    return _run_down(*_low_fp8_form(*args, **keywords), False)
 
 
 def _layer_workspace_bytes(
