@@ -1,7 +1,8 @@
 // down with reduce at few tokens, in one kernel: a block has 16 outputs of all tokens and takes every pass of the list.
 // Two teams of warps take passes in turn, so that one's sums over warps hide behind the other's products; what they
 // make of an assignment stays in shared memory, and a token's are added in the order of its slots. Activations come
-// from L2 to registers, one or two granules ahead. Bound by the weights' bytes.
+// from L2 to registers, one or two granules ahead; all of them to every block: 1/3 of what L2 gives at 64 tokens (fp8
+// 42 us where the weights take 31), so that there the parts of a product are summed. Bound by the weights' bytes.
 #pragma once
 
 #include "ops/moe/warp.cuh"
