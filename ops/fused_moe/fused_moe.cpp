@@ -190,36 +190,49 @@ void run(const Steps& step, const Layer& layer, char* memory) {
     up.out_rows = down.x_rows;
   }
 
+  Fp8QuantArgs quantize{};
   if (s.fp8) {
     const auto scale = reinterpret_cast<float*>(memory + l.x_scale);
-    Tensor bits(memory + l.x, DType::kE4M3, {s.tokens, s.hidden}, device);
-    bits.stride[0] = l.x_stride;
-    if (assignments > 0)
-      step(Fp8QuantArgs{Fp8Scale::kRow, bits, layer.x, Tensor(scale, DType::kF32, {s.tokens}, device), {}});
-    up.x = bits.data;
+    quantize = {Fp8Scale::kRow,
+                Tensor(memory + l.x, DType::kE4M3, {s.tokens, s.hidden}, device),
+                layer.x,
+                Tensor(scale, DType::kF32, {s.tokens}, device),
+                {}};
+    quantize.out_bits.stride[0] = l.x_stride;
+    up.x = quantize.out_bits.data;
     up.x_rows = {s.tokens, s.tokens, l.x_stride, 0};
     up.x_scale = scale;
   }
 
-  // At few tokens the products list the experts themselves, from the routing. The kernels before them trigger after
-  // their wait, or follow one that did: the routing is complete when they start, and is read before their own wait.
+  // At few tokens the products list the experts themselves, from the routing, and at very few they quantize their
+  // inputs. Up triggers after its wait: when down starts, the routing is complete and is read before down's own wait.
   MoeArgs few_up = up, few_down = down;
   for (MoeArgs* few : {&few_up, &few_down}) {
     few->ids = align.ids;
     few->ids_stride = align.ids_stride;
     few->expert_map = align.expert_map;
     few->routed = s.experts;
-    few->settled = true;
   }
-  few_up.settled = s.fp8;
+  few_down.settled = true;
   if (step.takes_few(few_up) && step.takes_few(few_down)) {
     up = few_up;
     down = few_down;
+    quantize.eager = true;
+    few_up.x = layer.x.data;
+    few_up.x_rows = layer.x_rows;
+    few_up.quantize_from = layer.x.dtype;
+    few_down.x = up.out.data;
+    few_down.x_rows = up.out_rows;
+    few_down.quantize_from = DType::kF32;
+    few_up.x_scale = few_down.x_scale = nullptr;
+    if (s.fp8 && step.takes_few(few_up)) up = few_up;
+    if (s.fp8 && step.takes_few(few_down)) down = few_down;
   } else {
     step(align);
   }
+  if (up.x_scale && assignments > 0) step(quantize);
   step(up);
-  if (s.fp8)
+  if (down.x_scale)
     step(RequantizeArgs{reinterpret_cast<e4m3*>(memory + l.mid), mid_scale, up.out.ptr<float>(), l.mid_stride,
                         l.gated_stride, assignments, s.inner});
   step(down);

@@ -55,6 +55,7 @@ struct MoeArgs {
   const int32_t* expert_map = nullptr;
   int64_t routed = 0;    // experts that ids name
   bool settled = false;  // ids, or the alignment, are older than the preceding kernel
+  std::optional<DType> quantize_from;  // with weights of e4m3 and no x_scale: of x, f32 for down
 
   int64_t assignments() const { return tokens * slots; }
 };

@@ -47,7 +47,7 @@ bool panels_fit(const MoeArgs& a) {
 // Activations and outputs: uniform rows, activations in 16 bytes.
 bool rows_fit(const MoeArgs& a) {
   return a.out_rows.uniform() && a.x_rows.uniform() && aligned_to(a.x, 16) &&
-         a.x_rows.inner_stride * size_of(a.dtype) % 16 == 0;
+         a.x_rows.inner_stride * size_of(a.quantize_from.value_or(a.dtype)) % 16 == 0;
 }
 
 bool lists_fit(const MoeArgs& a, int64_t count) {
@@ -96,6 +96,10 @@ std::optional<MoeWarpPlan> fit(const MoeArgs& a) {
   plan.kernel = deep ? 2 : wants_two(a) && tiles >= 2 ? 1 : 0;
   if (plan.kernel == 0 && fp8 && kTeamsOfOneGroup && tiles >= 2 && 2 * plan.steps * plan.stage_bytes <= kRingOfTeams)
     plan.kernel = 3;
+  // A warp for each row.
+  if (a.quantize_from && !a.reduce &&
+      (plan.kernel != 3 || !a.gate || a.tokens > 2 * plan.warps || a.out.dtype != DType::kF32))
+    return {};
   const MoeWarpKernel& kernel = kMoeWarpKernels[plan.kernel];
   const uint32_t count = kernel.groups * 8;
   const ListSizes lists = list_sizes(a, count);
@@ -111,7 +115,8 @@ std::optional<MoeWarpPlan> fit(const MoeArgs& a) {
 
   const int64_t partial_bytes = kernel.teams * 2 * plan.warps * count * kPartialPitch * sizeof(float);
   const int64_t columns_bytes = kernel.teams * 2 * count * sizeof(float);
-  const int64_t fixed = 1024 + partial_bytes + columns_bytes + lists.items_bytes + lists.listed_bytes;
+  const int64_t x_bytes = a.quantize_from ? a.tokens * (row_pitch(static_cast<uint32_t>(a.depth)) + 4) + 16 : 0;
+  const int64_t fixed = 1024 + partial_bytes + columns_bytes + lists.items_bytes + lists.listed_bytes + x_bytes;
   const int64_t each = plan.stage_bytes + 16 + (fp8 ? kScaleBytes : 0);
   const int64_t limit = kSharedOfSm / kernel.blocks - 1024;
   const int64_t ring = kernel.blocks == 2 ? kRingOfTwo : plan.kernel == 3 ? kRingOfTeams : kRingOfOne;
@@ -128,10 +133,10 @@ std::optional<MoeWarpPlan> fit(const MoeArgs& a) {
   plan.columns_at = static_cast<uint32_t>(plan.partial_at + partial_bytes);
   plan.listed_at = static_cast<uint32_t>(plan.columns_at + columns_bytes);
   plan.items_at = static_cast<uint32_t>(plan.listed_at + lists.listed_bytes);
-  plan.shared_bytes =
-      std::max(static_cast<uint32_t>(plan.items_at + lists.items_bytes + 1024), kernel.blocks == 2 ? kMoreThanThird
-                                                                                : plan.kernel == 3 ? 0
-                                                                                                   : kMoreThanHalf);
+  plan.x_at = static_cast<uint32_t>(plan.items_at + lists.items_bytes);
+  plan.x_scales_at = plan.x_at + plan.tokens * row_pitch(static_cast<uint32_t>(a.depth));
+  plan.shared_bytes = std::max(static_cast<uint32_t>(plan.items_at + lists.items_bytes + x_bytes + 1024),
+                               kernel.blocks == 2 ? kMoreThanThird : kMoreThanHalf);
   return plan;
 }
 
@@ -152,7 +157,10 @@ std::optional<MoeWarpPlan> sum_fit(const MoeArgs& a) {
   const int64_t partial_bytes = int64_t{kSumTeams} * 2 * plan->warps * count * kPartialPitch * sizeof(float);
   const int64_t results_bytes = a.assignments() * kTileRows * sizeof(float);
   const int64_t each = plan->stage_bytes + 16 + (fp8 ? kScaleBytes : 0);
-  const int64_t fixed = 1024 + partial_bytes + results_bytes + 2 * lists.listed_bytes + lists.items_bytes;
+  const auto assignments = static_cast<uint32_t>(a.assignments()), depth = static_cast<uint32_t>(a.depth);
+  const int64_t x_bytes = a.quantize_from ? assignments * (row_pitch(depth) + 4) + 16 : 0;
+  if (a.quantize_from && (assignments > kSumTeams * plan->warps || depth > kMostRowColumns<float>)) return {};
+  const int64_t fixed = 1024 + partial_bytes + results_bytes + 2 * lists.listed_bytes + lists.items_bytes + x_bytes;
   const int64_t limit = kSharedOfSm - 1024;
   const int64_t stages = std::min((limit - fixed) / each, static_cast<int64_t>(kMostStages));
   if (fixed > limit || lists.bits_bytes > partial_bytes || stages < multiple) return {};
@@ -165,14 +173,17 @@ std::optional<MoeWarpPlan> sum_fit(const MoeArgs& a) {
   plan->listed_at = static_cast<uint32_t>(plan->results_at + results_bytes);
   plan->columns_at = static_cast<uint32_t>(plan->listed_at + lists.listed_bytes);
   plan->items_at = static_cast<uint32_t>(plan->columns_at + lists.listed_bytes);
-  plan->shared_bytes = std::max(static_cast<uint32_t>(plan->items_at + lists.items_bytes + 1024), kMoreThanHalf);
+  plan->x_at = static_cast<uint32_t>(plan->items_at + lists.items_bytes);
+  plan->x_scales_at = plan->x_at + assignments * row_pitch(depth);
+  plan->shared_bytes =
+      std::max(static_cast<uint32_t>(plan->items_at + lists.items_bytes + x_bytes + 1024), kMoreThanHalf);
   return plan;
 }
 
 // Sums by way of fp32 parts in the workspace; none where they do not fit.
 std::optional<MoeArgs> product_to_parts(const MoeArgs& a) {
-  if (!a.workspace || a.workspace->shape[0] / 4 < a.assignments() * a.width || a.width % kPartsVec != 0 ||
-      a.slots > kMostPartsSlots || !a.out_rows.uniform())
+  if (a.quantize_from || !a.workspace || a.workspace->shape[0] / 4 < a.assignments() * a.width ||
+      a.width % kPartsVec != 0 || a.slots > kMostPartsSlots || !a.out_rows.uniform())
     return {};
   MoeArgs product = a;
   product.reduce = false;

@@ -18,6 +18,7 @@
 #include "ops/activation/gate.cuh"
 #include "ops/moe/warp.h"
 #include "ops/moe/warp_items.cuh"
+#include "ops/moe/warp_rows.cuh"
 
 namespace kestrel::cuda {
 
@@ -150,13 +151,15 @@ __device__ __forceinline__ void finish_tile(const MoeWarpArgs<Out>& args, const 
   }
 }
 
-template <class W, class Out, MoeLayout kLayout, int kKernel>
+template <class W, class X, class Out, MoeLayout kLayout, int kKernel>
 __global__ void __launch_bounds__(moe_threads(kMoeWarpKernels[kKernel]), kMoeWarpKernels[kKernel].blocks)
     moe_warp_kernel(const __grid_constant__ MoeWarpArgs<Out> args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr int kGroups = kMoeWarpKernels[kKernel].groups;
   constexpr uint32_t kTeams = kMoeWarpKernels[kKernel].teams;
   constexpr bool kStreamed = kMoeWarpKernels[kKernel].streamed;
+  constexpr bool kQuantize = sizeof(W) < sizeof(X);  // x, of all tokens, before anything else
+  static_assert(!kQuantize || (kGroups == 1 && kTeams == 2));
   constexpr int kSteps = moe_steps(sizeof(W) == 1);
   constexpr uint32_t kCount = kGroups * 8, kWidth = kLayout == MoeLayout::kPlain ? 16 : 8;
   extern __shared__ unsigned char unaligned[];
@@ -181,6 +184,11 @@ __global__ void __launch_bounds__(moe_threads(kMoeWarpKernels[kKernel]), kMoeWar
     wait_for_predecessor();
     release_successor();
   }
+  [[maybe_unused]] RowPart<X> part;
+  const uint32_t own_row = threadIdx.x / kWarp;
+  if constexpr (kQuantize)
+    if (own_row < plan.tokens)
+      part.load_from(reinterpret_cast<const X*>(args.x + own_row * args.x_stride), args.depth_bytes);
   const uint32_t count = begin_lists<kGroups>(routing, lists, producer);
   if (producer && lane == 0) {
     uint32_t each, rest;
@@ -201,6 +209,14 @@ __global__ void __launch_bounds__(moe_threads(kMoeWarpKernels[kKernel]), kMoeWar
   }
   finish_lists<kGroups>(routing, lists, kTeams * team_size);
   if (warp >= plan.warps) return;
+  [[maybe_unused]] const uint32_t x_pitch = row_pitch(args.depth_bytes);
+  if constexpr (kQuantize) {
+    if (own_row < plan.tokens) {
+      const float row_scale = part.quantize_to(memory + plan.x_at + own_row * x_pitch, args.depth_bytes);
+      if (lane == 0) reinterpret_cast<float*>(memory + plan.x_scales_at)[own_row] = row_scale;
+    }
+    sync_threads(3, kTeams * threads);
+  }
   if (routing.settled) {
     wait_for_predecessor();
     release_successor();
@@ -228,8 +244,12 @@ __global__ void __launch_bounds__(moe_threads(kMoeWarpKernels[kKernel]), kMoeWar
 #pragma unroll
       for (uint32_t h = 0; h < 2; ++h) {
         x[slot][n][h] = {};
-        if (rows[n] != kNone && at + h * 16 < args.depth_bytes)
-          x[slot][n][h] = *reinterpret_cast<const uint4*>(from + h * 16);
+        if (rows[n] != kNone && at + h * 16 < args.depth_bytes) {
+          if constexpr (kQuantize)
+            x[slot][n][h] = load_shared(base + plan.x_at + rows[n] * x_pitch + at + h * 16);
+          else
+            x[slot][n][h] = *reinterpret_cast<const uint4*>(from + h * 16);
+        }
       }
     }
   };
@@ -252,7 +272,10 @@ __global__ void __launch_bounds__(moe_threads(kMoeWarpKernels[kKernel]), kMoeWar
       if (assignment >= 0) {
         uint32_t row, token, slot;
         args.slots_per_row(assignment, &row, &slot);
-        if (sizeof(W) == 1) factor = args.x_scale[row];
+        if (kQuantize)
+          factor = reinterpret_cast<const float*>(now + plan.x_scales_at)[row];
+        else if (sizeof(W) == 1)
+          factor = args.x_scale[row];
         routing.slots(assignment, &token, &slot);
         if (kLayout == MoeLayout::kPlain && args.topk_weights)
           factor *= args.topk_weights[token * args.topk_weights_stride + slot];
@@ -384,7 +407,7 @@ MoeWarpArgs<Out> warp_args(const MoeArgs& a, const MoeWarpPlan& plan, Out* out, 
           {a.panel[plan.swapped].scale, a.panel[!plan.swapped].scale},
           a.topk_weights,
           out_stride,
-          static_cast<int64_t>(a.x_rows.inner_stride * sizeof(W)),
+          a.x_rows.inner_stride * size_of(a.quantize_from.value_or(a.dtype)),
           a.panel[0].scale_stride,
           a.topk_weights_stride,
           routing_of(a, plan),
@@ -397,13 +420,15 @@ MoeWarpArgs<Out> warp_args(const MoeArgs& a, const MoeWarpPlan& plan, Out* out, 
           plan};
 }
 
-template <class W, class Out, MoeLayout kLayout>
+template <class W, class X, class Out, MoeLayout kLayout>
 void launch_tile(Stream stream, const MoeArgs& a, const MoeWarpPlan& plan, Out* out, int64_t out_stride) {
   const MoeWarpArgs<Out> args = warp_args<W>(a, plan, out, out_stride);
   const int threads = moe_threads(kMoeWarpKernels[plan.kernel], plan.warps);
   const LaunchShape shape{plan.blocks, threads, 1, plan.shared_bytes};
+  if constexpr (sizeof(W) < sizeof(X)) return launch<moe_warp_kernel<W, X, Out, kLayout, 3>>(stream, shape, args);
   [&]<int... kKernel>(std::integer_sequence<int, kKernel...>) {
-    ((plan.kernel == kKernel ? launch<moe_warp_kernel<W, Out, kLayout, kKernel>>(stream, shape, args) : void()), ...);
+    ((plan.kernel == kKernel ? launch<moe_warp_kernel<W, W, Out, kLayout, kKernel>>(stream, shape, args) : void()),
+     ...);
   }
   (std::make_integer_sequence<int, moe_warp_kernels(sizeof(W) == 1)>());
 }
@@ -415,12 +440,18 @@ void launch_moe_warp(Stream stream, const MoeArgs& a, const MoeWarpPlan& plan) {
   const auto out = a.out.ptr<Out>();
   if (a.out.dtype == DType::kF32) {
     const auto sums = a.out.ptr<float>();
-    if (a.panels == 1) return launch_tile<W, float, MoeLayout::kPlain>(stream, a, plan, sums, stride);
-    if constexpr (sizeof(W) == 1) return launch_tile<W, float, MoeLayout::kGated>(stream, a, plan, sums, stride);
+    if (a.panels == 1) return launch_tile<W, W, float, MoeLayout::kPlain>(stream, a, plan, sums, stride);
+    if constexpr (sizeof(W) == 1) {
+      if (a.quantize_from == DType::kBF16)
+        return launch_tile<W, bf16, float, MoeLayout::kGated>(stream, a, plan, sums, stride);
+      if (a.quantize_from == DType::kF16)
+        return launch_tile<W, f16, float, MoeLayout::kGated>(stream, a, plan, sums, stride);
+      return launch_tile<W, W, float, MoeLayout::kGated>(stream, a, plan, sums, stride);
+    }
   }
-  if (a.panels == 1) return launch_tile<W, Out, MoeLayout::kPlain>(stream, a, plan, out, stride);
-  if (!a.gate) return launch_tile<W, Out, MoeLayout::kPair>(stream, a, plan, out, stride);
-  launch_tile<W, Out, MoeLayout::kGated>(stream, a, plan, out, stride);
+  if (a.panels == 1) return launch_tile<W, W, Out, MoeLayout::kPlain>(stream, a, plan, out, stride);
+  if (!a.gate) return launch_tile<W, W, Out, MoeLayout::kPair>(stream, a, plan, out, stride);
+  launch_tile<W, W, Out, MoeLayout::kGated>(stream, a, plan, out, stride);
 }
 
 }  // namespace kestrel::cuda

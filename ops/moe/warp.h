@@ -50,7 +50,9 @@ struct MoeWarpPlan {
   uint32_t words;          // of bits of an expert, where the lists are made of ids
   uint32_t tokens, slots;  // sums over experts
   uint32_t stages, stage_bytes;
-  uint32_t barriers_at, scales_at, partial_at, columns_at, results_at, listed_at, items_at, shared_bytes;
+  uint32_t barriers_at, scales_at, partial_at, columns_at, results_at, listed_at, items_at;
+  uint32_t x_at, x_scales_at;  // where x is quantized
+  uint32_t shared_bytes;
 };
 
 // The rule. Not taken: it is the plain kernel's.
