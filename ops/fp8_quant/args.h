@@ -12,7 +12,6 @@ struct Fp8QuantArgs {
   Tensor out_bits, x;
   Tensor out_scale;          // kRow, kTensor
   Value<float> given_scale;  // kGiven
-  bool eager = false;        // kRow: triggers before its wait, for a successor that reads nothing before its own
 };
 
 }  // namespace kestrel

@@ -75,7 +75,6 @@ struct RowArgs {
   float* scale;
   const T* x;
   int64_t out_stride, x_stride, rows, width;
-  bool eager;
 };
 
 // Threads of a block: one row of several warps, or two rows of a warp each, so that SMs differ by little in their
@@ -93,7 +92,6 @@ __global__ void __launch_bounds__(kRowThreads<kLanes>) fp8_quant_row_kernel(cons
   const T* x_row = args.x + row * args.x_stride;
   e4m3* out_row = args.out + row * args.out_stride;
   compute_now(x_row);
-  if (args.eager) release_successor();
   wait_for_predecessor();
   release_successor();
   if (row >= args.rows) return;  // whole warps
@@ -272,10 +270,13 @@ constexpr int64_t kFewRows = 1024;
 
 template <class T>
 void choose_row(Stream stream, const Fp8QuantArgs& a) {
-  const RowArgs<T> args{a.out_bits.ptr<e4m3>(), a.out_scale.ptr<float>(),
-                        a.x.ptr<T>(),           a.out_bits.stride[0],
-                        a.x.stride[0],          a.x.shape[0],
-                        a.x.shape[1],           a.eager};
+  const RowArgs<T> args{a.out_bits.ptr<e4m3>(),
+                        a.out_scale.ptr<float>(),
+                        a.x.ptr<T>(),
+                        a.out_bits.stride[0],
+                        a.x.stride[0],
+                        a.x.shape[0],
+                        a.x.shape[1]};
   if (args.rows == 0) return;
   if (!vectors_fit<T, 8>(a.x) || !vectors_fit<e4m3, 8>(a.out_bits) || args.width % 8 != 0)
     return run_row_reload<T, 1>(stream, args);

@@ -204,8 +204,8 @@ void run(const Steps& step, const Layer& layer, char* memory) {
     up.x_scale = scale;
   }
 
-  // At few tokens the products list the experts themselves, from the routing, and at very few they quantize their
-  // inputs. Up triggers after its wait: when down starts, the routing is complete and is read before down's own wait.
+  // At few tokens the products list the experts themselves, from the routing, and at very few, up quantizes x. Up
+  // triggers after its wait: when down starts, the routing is complete and is read before down's own wait.
   MoeArgs few_up = up, few_down = down;
   for (MoeArgs* few : {&few_up, &few_down}) {
     few->ids = align.ids;
@@ -213,26 +213,23 @@ void run(const Steps& step, const Layer& layer, char* memory) {
     few->expert_map = align.expert_map;
     few->routed = s.experts;
   }
+  few_up.settled = s.fp8;  // the quantization has triggered after its wait
   few_down.settled = true;
   if (step.takes_few(few_up) && step.takes_few(few_down)) {
     up = few_up;
     down = few_down;
-    quantize.eager = true;
+    few_up.settled = false;
     few_up.x = layer.x.data;
     few_up.x_rows = layer.x_rows;
+    few_up.x_scale = nullptr;
     few_up.quantize_from = layer.x.dtype;
-    few_down.x = up.out.data;
-    few_down.x_rows = up.out_rows;
-    few_down.quantize_from = DType::kF32;
-    few_up.x_scale = few_down.x_scale = nullptr;
     if (s.fp8 && step.takes_few(few_up)) up = few_up;
-    if (s.fp8 && step.takes_few(few_down)) down = few_down;
   } else {
     step(align);
   }
   if (up.x_scale && assignments > 0) step(quantize);
   step(up);
-  if (down.x_scale)
+  if (s.fp8)
     step(RequantizeArgs{reinterpret_cast<e4m3*>(memory + l.mid), mid_scale, up.out.ptr<float>(), l.mid_stride,
                         l.gated_stride, assignments, s.inner});
   step(down);

@@ -18,7 +18,6 @@ constexpr uint32_t kRingOfOne = 144 * 1024;
 constexpr uint32_t kRingOfSum = 96 * 1024;
 constexpr uint32_t kRingOfTeams = 64 * 1024;  // one group: beside it there is room for a block of the sums
 constexpr uint32_t kMostStages = 16;
-constexpr bool kTeamsOfOneGroup = true;
 // More blocks must not fit on an SM than it shall have: they would gather on some while others have none (the layer in
 // fp8 at 16 tokens: 112 us instead of 92).
 constexpr uint32_t kMoreThanThird = 77 * 1024, kMoreThanHalf = 115 * 1024;
@@ -94,11 +93,11 @@ std::optional<MoeWarpPlan> fit(const MoeArgs& a) {
   plan.warps = ceil_div(slabs, plan.steps);
   plan.stage_bytes = plan.warps * kSlabBytes;
   plan.kernel = deep ? 2 : wants_two(a) && tiles >= 2 ? 1 : 0;
-  if (plan.kernel == 0 && fp8 && kTeamsOfOneGroup && tiles >= 2 && 2 * plan.steps * plan.stage_bytes <= kRingOfTeams)
+  if (plan.kernel == 0 && fp8 && tiles >= 2 && 2 * plan.steps * plan.stage_bytes <= kRingOfTeams)
     plan.kernel = 3;
-  // A warp for each row.
-  if (a.quantize_from && !a.reduce &&
-      (plan.kernel != 3 || !a.gate || a.tokens > 2 * plan.warps || a.out.dtype != DType::kF32))
+  // A warp quantizes a row.
+  if (a.quantize_from && (plan.kernel != 3 || !a.gate || a.out.dtype != DType::kF32 || a.tokens > 2 * plan.warps ||
+                          a.depth > kMostRowColumns || size_of(*a.quantize_from) != 2))
     return {};
   const MoeWarpKernel& kernel = kMoeWarpKernels[plan.kernel];
   const uint32_t count = kernel.groups * 8;
@@ -157,10 +156,7 @@ std::optional<MoeWarpPlan> sum_fit(const MoeArgs& a) {
   const int64_t partial_bytes = int64_t{kSumTeams} * 2 * plan->warps * count * kPartialPitch * sizeof(float);
   const int64_t results_bytes = a.assignments() * kTileRows * sizeof(float);
   const int64_t each = plan->stage_bytes + 16 + (fp8 ? kScaleBytes : 0);
-  const auto assignments = static_cast<uint32_t>(a.assignments()), depth = static_cast<uint32_t>(a.depth);
-  const int64_t x_bytes = a.quantize_from ? assignments * (row_pitch(depth) + 4) + 16 : 0;
-  if (a.quantize_from && (assignments > kSumTeams * plan->warps || depth > kMostRowColumns<float>)) return {};
-  const int64_t fixed = 1024 + partial_bytes + results_bytes + 2 * lists.listed_bytes + lists.items_bytes + x_bytes;
+  const int64_t fixed = 1024 + partial_bytes + results_bytes + 2 * lists.listed_bytes + lists.items_bytes;
   const int64_t limit = kSharedOfSm - 1024;
   const int64_t stages = std::min((limit - fixed) / each, static_cast<int64_t>(kMostStages));
   if (fixed > limit || lists.bits_bytes > partial_bytes || stages < multiple) return {};
@@ -173,17 +169,14 @@ std::optional<MoeWarpPlan> sum_fit(const MoeArgs& a) {
   plan->listed_at = static_cast<uint32_t>(plan->results_at + results_bytes);
   plan->columns_at = static_cast<uint32_t>(plan->listed_at + lists.listed_bytes);
   plan->items_at = static_cast<uint32_t>(plan->columns_at + lists.listed_bytes);
-  plan->x_at = static_cast<uint32_t>(plan->items_at + lists.items_bytes);
-  plan->x_scales_at = plan->x_at + assignments * row_pitch(depth);
-  plan->shared_bytes =
-      std::max(static_cast<uint32_t>(plan->items_at + lists.items_bytes + x_bytes + 1024), kMoreThanHalf);
+  plan->shared_bytes = std::max(static_cast<uint32_t>(plan->items_at + lists.items_bytes + 1024), kMoreThanHalf);
   return plan;
 }
 
 // Sums by way of fp32 parts in the workspace; none where they do not fit.
 std::optional<MoeArgs> product_to_parts(const MoeArgs& a) {
-  if (a.quantize_from || !a.workspace || a.workspace->shape[0] / 4 < a.assignments() * a.width ||
-      a.width % kPartsVec != 0 || a.slots > kMostPartsSlots || !a.out_rows.uniform())
+  if (!a.workspace || a.workspace->shape[0] / 4 < a.assignments() * a.width || a.width % kPartsVec != 0 ||
+      a.slots > kMostPartsSlots || !a.out_rows.uniform())
     return {};
   MoeArgs product = a;
   product.reduce = false;

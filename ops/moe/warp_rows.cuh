@@ -1,5 +1,5 @@
 // Rows of activations quantized on their way into shared memory, a row by a warp: bits = e4m3(x / scale),
-// scale = max(absmax / 448, 1e-6), as fp8_quant_row and fused_moe's requantization have them, to the bit.
+// scale = max(absmax / 448, 1e-6), as fp8_quant_row has them, to the bit.
 #pragma once
 
 #include "kestrel/hopper/vec.cuh"
@@ -7,10 +7,9 @@
 
 namespace kestrel::cuda {
 
-// A lane's part of a row of X: eight times 16 bytes.
+// A lane's part of a row in 16 bits: eight times 16 bytes.
 constexpr int kRowVectors = 8;
-template <class X>
-constexpr uint32_t kMostRowColumns = kRowVectors* kWarp* kVec16<X>;
+constexpr uint32_t kMostRowColumns = kRowVectors * kWarp * 8;
 // Bytes from one row to the next in shared memory: warps that read eight rows meet different banks.
 constexpr uint32_t row_pitch(uint32_t columns) { return (columns + 15) / 16 * 16 + 16; }
 

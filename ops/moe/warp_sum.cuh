@@ -28,13 +28,12 @@ __device__ __forceinline__ void stream_sum(const MoeWarpArgs<std::conditional_t<
       }
 }
 
-template <class W, class X>
-__global__ void __launch_bounds__((kSumTeams * kMoeWarps + 1) * kWarp, sizeof(W) < sizeof(X) ? 1 : 2)
+template <class W>
+__global__ void __launch_bounds__((kSumTeams * kMoeWarps + 1) * kWarp, 2)
     moe_warp_sum_kernel(const __grid_constant__ MoeWarpArgs<std::conditional_t<sizeof(W) == 1, bf16, W>> args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using Out = std::conditional_t<sizeof(W) == 1, bf16, W>;
   constexpr uint32_t kCount = 8;
-  constexpr bool kQuantize = sizeof(W) < sizeof(X);
   extern __shared__ unsigned char unaligned[];
   const uint32_t base = (shared_address(unaligned) + 1023) & ~1023u;
   unsigned char* const memory = unaligned + (base - shared_address(unaligned));
@@ -66,18 +65,6 @@ __global__ void __launch_bounds__((kSumTeams * kMoeWarps + 1) * kWarp, sizeof(W)
     wait_for_predecessor();
     release_successor();
   }
-  // Where there is a warp for each assignment, x is quantized here, without a kernel of its own.
-  [[maybe_unused]] const uint32_t x_pitch = row_pitch(args.depth_bytes);
-  const auto x_scales = reinterpret_cast<float*>(memory + plan.x_scales_at);
-  if constexpr (kQuantize) {
-    if (warp < routing.assignments) {
-      RowPart<X> part;
-      part.load_from(reinterpret_cast<const X*>(args.x + warp * args.x_stride), args.depth_bytes);
-      const float row_scale = part.quantize_to(memory + plan.x_at + warp * x_pitch, args.depth_bytes);
-      if (lane == 0) x_scales[warp] = row_scale;
-    }
-    sync_threads(3, threads);
-  }
   const uint32_t team = warp / plan.warps, slab = warp % plan.warps, member = threadIdx.x % team_threads;
   const uint32_t count = lists.items->count;
   const WeightLane weight_lane = WeightLane::in_boxes(slab, lane);
@@ -96,12 +83,7 @@ __global__ void __launch_bounds__((kSumTeams * kMoeWarps + 1) * kWarp, sizeof(W)
 #pragma unroll
     for (uint32_t h = 0; h < 2; ++h) {
       x[slot][h] = {};
-      if (*listed >= 0 && at + h * 16 < args.depth_bytes) {
-        if constexpr (kQuantize)
-          x[slot][h] = load_shared(base + plan.x_at + *listed * x_pitch + at + h * 16);
-        else
-          x[slot][h] = *reinterpret_cast<const uint4*>(from + h * 16);
-      }
+      if (*listed >= 0 && at + h * 16 < args.depth_bytes) x[slot][h] = *reinterpret_cast<const uint4*>(from + h * 16);
     }
     if (++ahead_step == plan.steps) {
       ahead_step = 0;
@@ -124,7 +106,7 @@ __global__ void __launch_bounds__((kSumTeams * kMoeWarps + 1) * kWarp, sizeof(W)
     uint32_t token, slot;
     routing.slots(assignment, &token, &slot);
     float factor = args.topk_weights[token * args.topk_weights_stride + slot];
-    if (sizeof(W) == 1) factor *= kQuantize ? x_scales[assignment] : args.x_scale[assignment];
+    if (sizeof(W) == 1) factor *= args.x_scale[assignment];
     factors[i] = factor;
   }
   sync_threads(1, threads);
@@ -233,8 +215,8 @@ __global__ void __launch_bounds__(kPartsThreads) moe_parts_sum_kernel(const __gr
       if (owner == token) atomicOr(&listed, 1u << slot);
     }
   }
-  release_successor();  // at once, as what follows may be the next product, which fills its ring meanwhile
   wait_for_predecessor();
+  release_successor();
   __syncthreads();
   const uint32_t mask = listed, column = (piece * kPartsThreads + threadIdx.x) * kPartsVec;
   if (column >= args.width) return;
@@ -268,9 +250,7 @@ void launch_moe_warp_sum(Stream stream, const MoeArgs& a, const MoeWarpPlan& pla
   using Out = std::conditional_t<sizeof(W) == 1, bf16, W>;
   const auto args = warp_args<W>(a, plan, a.out.ptr<Out>(), a.out_rows.inner_stride);
   const LaunchShape shape{plan.blocks, static_cast<int>((kSumTeams * plan.warps + 1) * kWarp), 1, plan.shared_bytes};
-  if constexpr (sizeof(W) == 1)
-    if (a.quantize_from) return launch<moe_warp_sum_kernel<W, float>>(stream, shape, args);
-  launch<moe_warp_sum_kernel<W, W>>(stream, shape, args);
+  launch<moe_warp_sum_kernel<W>>(stream, shape, args);
 }
 
 template <class W>
