@@ -441,7 +441,6 @@ template <class T, class Out, class Tile, Finish kFinish>
 __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
     moe_wgmma_kernel(const __grid_constant__ WgmmaArgs<T, Out> args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  constexpr int kThreads = Shape<Tile>::kThreads;
   release_successor();  // nothing may be assumed complete before a wait
   extern __shared__ unsigned char unaligned[];
   auto* const shared = reinterpret_cast<typename Shape<Tile>::Shared*>(
@@ -458,23 +457,23 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
     if constexpr (Tile::kBlocks == 1) leave_registers<56>();
     for (int32_t block = 0; block >= 0;) {
       shared->runs.build(args.list, block, panel_blocks(), args.several);
-      sync_threads(3, kThreads);
+      __syncthreads();
       if (warp > 0)
         gather_rows<Tile>(args, shared->runs, shared->info, rings.stages, rings.infos);
       else if (threadIdx.x == 0)
         stream_weights<Tile, kFinish>(args, shared->runs, rings.stages);
       block = shared->runs.next_block;
       __syncwarp();
-      if (block >= 0) sync_threads(3, kThreads);
+      if (block >= 0) __syncthreads();
     }
   } else {
     if constexpr (Tile::kBlocks == 1) take_registers<224>();
     for (int32_t block = 0; block >= 0;) {
-      sync_threads(3, kThreads);
+      __syncthreads();
       consume<Tile, kFinish>(args, shared, rings.stages, rings.infos);
       block = shared->runs.next_block;
       __syncwarp();
-      if (block >= 0) sync_threads(3, kThreads);
+      if (block >= 0) __syncthreads();
     }
   }
 #endif
