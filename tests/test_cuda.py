@@ -11,6 +11,7 @@ from typing import Any
 
 import kestrel_kernels as kk
 import pytest
+import tvm_ffi
 from kestrel_kernels import _op
 from kestrel_kernels.activation import (
     gelu_and_mul_into,
@@ -19,12 +20,13 @@ from kestrel_kernels.activation import (
     silu_and_mul_into,
 )
 from kestrel_kernels.embedding import embedding_into
+from kestrel_kernels.flash_attn.cute import flash_attn_func
 from kestrel_kernels.fp8_quant import (
     fp8_e4m3fn_rowwise_quant_cuda,
     fp8_e4m3fn_static_quant_cuda,
     fp8_e4m3fn_tensor_quant_cuda,
 )
-from kestrel_kernels.fused_linear_residual_ops import linear_into
+from kestrel_kernels.fused_linear_residual_ops import linear, linear_into
 from kestrel_kernels.kv_cache_write import reshape_and_cache_flash, rope_and_cache
 from kestrel_kernels.layernorm_cuda import layernorm_bias_cuda, layernorm_bias_reload_cuda
 from kestrel_kernels.moe_align import moe_align_block_size, moe_lora_align_block_size
@@ -186,9 +188,10 @@ def _fused_mlp(out: Any, x: Any, _: Any) -> None:
 
 
 def _moe(up: bool, fp8: bool, reduce: bool = False) -> tuple[Call, int, int]:
-    """Four experts, each with 24 assignments in a row; their weights are parts of x too. Two assignments a token."""
+    """Three experts, each with 32 assignments in a row, and one with none; their weights are parts of x too. Two
+    assignments a token."""
     function = getattr(kk, f"invoke_cute_moe_{'up' if up else 'down'}{'_fp8' if fp8 else ''}")
-    config = kk.CuteMoeConfig(24, 32, 256, 8, 1, "fp8" if fp8 else "bf16")
+    config = kk.CuteMoeConfig(32, 128, 128 if fp8 else 64, 8, 5, "fp8" if fp8 else "bf16", "wgmma")
 
     def call(out: Any, x: Any, _: Any) -> None:
         tokens, rows = x[: ROWS // 2, :64] if up else x[:, :64], x[:, 64:128]
@@ -196,7 +199,7 @@ def _moe(up: bool, fp8: bool, reduce: bool = False) -> tuple[Call, int, int]:
         operands = [*activations, *(w.reshape(4, 24, *w.shape[1:]) for w in weights)]
         if up:
             operands += [None] * len(weights)
-        routing = [_table(x, 2)[: ROWS // 2], None, *(_arange(x, *b) for b in ((ROWS,), (4,), (ROWS, ROWS + 1)))]
+        routing = [_table(x, 2)[: ROWS // 2], None, *(_arange(x, *b) for b in ((ROWS,), (3,), (ROWS, ROWS + 1)))]
         keywords = {"activation": "silu_and_mul"} if up else {"reduce": reduce}
         function(*operands, *routing, out=out, config=config, **keywords)
 
@@ -331,6 +334,26 @@ def test_cupy_stream(op: str) -> None:
         call(as_cupy[0], as_cupy[1], cupy.from_dlpack(case.slots))
     stream.synchronize()
     assert torch.equal(case.out, want)
+
+
+def test_raw_stream() -> None:
+    """Tensors that are no framework's are worked on in the stream that tvm-ffi is told of, with their workspaces."""
+    q, k, v, attended = (torch.zeros(1, n, 4, 64, device="cuda", dtype=torch.bfloat16) for n in (1, 64, 64, 1))
+    x, w, product = (torch.zeros(n, 256, device="cuda", dtype=torch.bfloat16) for n in (1, 256, 1))
+    tensors = (q, k, v, attended, x, w, product)
+    q_raw, k_raw, v_raw, attended_raw, x_raw, w_raw, product_raw = (tvm_ffi.from_dlpack(t) for t in tensors)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        for tensor in (q, k, v, x, w):
+            tensor.normal_()
+    with tvm_ffi.use_raw_stream(tvm_ffi.device("cuda:0"), stream.cuda_stream):
+        flash_attn_func(q_raw, k_raw, v_raw, out=attended_raw)
+        linear_into(product_raw, x_raw, w_raw)
+    stream.synchronize()
+    assert torch.equal(attended, flash_attn_func(q, k, v))
+    assert torch.equal(product, linear(x, w))
 
 
 @pytest.mark.parametrize("op", OPS)

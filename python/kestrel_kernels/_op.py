@@ -251,7 +251,8 @@ def new_array(like: Any, shape: Sequence[int], dtype: str | None = None) -> Any:
 
 def scratch(like: Any, size: int) -> Any:
     """uint8 memory for a call that writes `like`, on its device. None on the CPU, where ops need none, and where no
-    framework that could give it is loaded."""
+    framework that could give it is loaded. An array that is no framework's gets it from a loaded one, in the order of
+    the stream that tvm-ffi has for the call, and as a tensor of tvm-ffi's: the call stays on that stream."""
     if _is(like, "torch", "Tensor"):
         return like.new_empty(size, dtype=sys.modules["torch"].uint8) if like.is_cuda else None
     if isinstance(like, _jax.Unfinished):
@@ -260,12 +261,21 @@ def scratch(like: Any, size: int) -> Any:
     kind, index = place() if place else (1, 0)
     if kind != 2:  # kDLCUDA
         return None
-    if (cupy := sys.modules.get("cupy")) and (_is(like, "cupy", "ndarray") or "torch" not in sys.modules):
+    cupy, torch = sys.modules.get("cupy"), sys.modules.get("torch")
+    if cupy and _is(like, "cupy", "ndarray"):
         with cupy.cuda.Device(index):
             return cupy.empty(size, "uint8")
-    if torch := sys.modules.get("torch"):
-        return torch.empty(size, dtype=torch.uint8, device=f"cuda:{index}")
-    return None
+    if not torch and not cupy:
+        return None
+    import tvm_ffi
+
+    stream = tvm_ffi.get_raw_stream(tvm_ffi.device(f"cuda:{index}"))
+    if torch:
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream, f"cuda:{index}")):
+            return tvm_ffi.from_dlpack(torch.empty(size, dtype=torch.uint8, device=f"cuda:{index}"))
+    assert cupy
+    with cupy.cuda.Device(index), cupy.cuda.ExternalStream(stream, index):
+        return tvm_ffi.from_dlpack(cupy.empty(size, "uint8"))
 
 
 def result(array: Any, like: Any) -> Any:

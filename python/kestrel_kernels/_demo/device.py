@@ -52,7 +52,7 @@ class Block:
 class Cpu:
     """NumPy arrays."""
 
-    workspace: Any = None  # of linear layers
+    workspace: Any = None  # of linear layers and attention
     block: type[Block] | Callable[..., Block] = Block
 
     def __init__(self) -> None:

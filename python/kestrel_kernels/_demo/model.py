@@ -168,6 +168,7 @@ class Pass:
             run = partial(
                 flash_attn_with_kvcache, batched[0], keys, values, page_table=cache.page_table,
                 seqused_k=inputs["length"], causal=True, k_scale=cache.k_scale, v_scale=cache.v_scale, out=batched[1],
+                fresh_tokens=tokens, workspace=device.workspace,
             )  # fmt: skip
             calls.append(Call("attention", run, attention_cost))
             linear(x, attended, f"{i}.attention_out", residual=True)

@@ -47,6 +47,7 @@ def _attention(
     *k_to_page_table: Any,
     mask_and_scales: tuple[Any, ...],
     hints: tuple[Any, ...],
+    workspace: Array | None,
 ) -> Any:
     """Allocates what is to be returned, and unpacks the window."""
     shape = shape_of(f"{op.name}: q", q)
@@ -60,7 +61,8 @@ def _attention(
     lse = None
     if return_lse:
         lse = new_array(q, (shape[1], shape[0]) if packed else (shape[0], shape[2], shape[1]), "float32")
-    workspace = scratch(written, WORKSPACE_BYTES) if not packed and shape[1] <= 16 else None
+    if workspace is None and not packed and shape[1] <= 16:
+        workspace = scratch(written, WORKSPACE_BYTES)
     causal, prefix_len, *scales = mask_and_scales
     op(written, lse, workspace, q, *k_to_page_table, causal, prefix_len, *window_size, *scales, *hints)
     given = out if out is not None else result(written, q)
@@ -82,6 +84,7 @@ def flash_attn_func(
     v_scale: float | Array | None = None,
     return_lse: bool = False,
     out: Array | None = None,
+    workspace: Array | None = None,
 ) -> Any:
     """Attention of q over dense k and v. Positions: see the module, `kestrel_kernels.flash_attn.cute`.
 
@@ -101,6 +104,8 @@ def flash_attn_func(
         k_scale, v_scale: true value = stored * scale: a number or a one-element fp32 array; None: 1.
         return_lse: give (out, lse) instead of out.
         out: array like q, written and returned; it shares no memory with the inputs. None: a new one.
+        workspace: uint8 `[WORKSPACE_BYTES]` on the GPU, for a CUDA graph captured without torch: it must live as long
+            as the graph, and calls that run at once must not share it. None takes it from the framework's allocator.
 
     Returns:
         out, shape and dtype of q; with return_lse also lse, fp32 `[B, Hq, Sq]` (packed: `[Hq, total_q]`): the natural
@@ -116,7 +121,7 @@ def flash_attn_func(
     return _attention(
         _func, out, return_lse, window_size, q, k, v, None, None, None, None, None, None,
         mask_and_scales=(causal, prefix_len, softmax_scale, softcap, learnable_sink, k_scale, v_scale),
-        hints=(num_splits, None, False),
+        hints=(num_splits, None, False), workspace=workspace,
     )  # fmt: skip
 
 
@@ -141,6 +146,7 @@ def flash_attn_varlen_func(
     out: Array | None = None,
     seqused_k: Array | None = None,
     page_table: Array | None = None,
+    workspace: Array | None = None,
 ) -> Any:
     """Attention over packed sequences of different lengths; the keys packed, paged, or dense.
 
@@ -164,7 +170,7 @@ def flash_attn_varlen_func(
         _varlen, out, return_lse, window_size, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         seqused_k, page_table,
         mask_and_scales=(causal, prefix_len, softmax_scale, softcap, learnable_sink, k_scale, v_scale),
-        hints=(num_splits, None, False),
+        hints=(num_splits, None, False), workspace=workspace,
     )  # fmt: skip
 
 
@@ -188,6 +194,7 @@ def flash_attn_with_kvcache(
     max_seqlen_k: int | None = None,
     fresh_tokens: int | None = None,
     batch_invariant: bool = False,
+    workspace: Array | None = None,
 ) -> Any:
     """Attention of the newest queries, one (decode) or many (append), over a cache that holds their keys already.
 
@@ -213,7 +220,7 @@ def flash_attn_with_kvcache(
         _with_kvcache, out, return_lse, window_size, q, k_cache, v_cache, None, None, None, max_seqlen_k, seqused_k,
         page_table,
         mask_and_scales=(causal, prefix_len, softmax_scale, softcap, learnable_sink, k_scale, v_scale),
-        hints=(num_splits, fresh_tokens, batch_invariant),
+        hints=(num_splits, fresh_tokens, batch_invariant), workspace=workspace,
     )  # fmt: skip
 
 
