@@ -537,7 +537,8 @@ def test_twins_agree(op: str) -> None:
     units = (out.view(torch.int16).int() - want.view(torch.int16).int()).abs()
     if op.startswith("fp8_quant"):
         assert not units.any()
-    elif op == "fused_mlp":  # a unit of the hidden layer is more than one of what it adds up to
+    elif op in ("fused_mlp", "moe_up_fp8", "moe_down_fp8"):
+        # A unit of the hidden layer is more than one of what it adds up to; tensor cores cut off bits of e4m3 products.
         assert (out.double() - want.double()).norm() < 2e-3 * want.double().norm()
     elif attention := {"attention": _attention, "attention_varlen": _attention_varlen}.get(op):
         most = torch.full_like(out, torch.nan)  # the prefill kernel rounds weights to bf16 as well
