@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(kTileThreads, kMinBlocks<T>)
   Vec<T, kSize> x[kVectors], weight[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) weight[v] = load<kSize>(args.weight + column(v));
-  wait_for_predecessor();
   release_successor();
+  wait_for_predecessor();
   if (row >= args.rows) return;  // whole warps: a row of more lanes has its block alone
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) x[v] = load<kSize>(x_row + column(v));
