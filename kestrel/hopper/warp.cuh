@@ -32,15 +32,21 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// The sum over all threads of a block of whole warps, in every thread. In a fixed order: the same bits on every run.
-__device__ __forceinline__ float block_sum(float value) {
-  __shared__ float sums[kWarp];
-  value = warp_sum(value);
+// From of_warp(value), over a warp and in each lane, the same over all threads of a block of whole warps. `none` changes
+// no result. In a fixed order: the same bits on every run.
+template <class T, class OfWarp>
+__device__ __forceinline__ T over_block(T value, T none, const OfWarp& of_warp) {
+  __shared__ T of_warps[kWarp];
+  value = of_warp(value);
   __syncthreads();  // the last call's readers are done
-  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = value;
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
   __syncthreads();
-  const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
-  return warp_sum(lane < warps ? sums[lane] : 0.0f);
+  const unsigned lane = threadIdx.x % kWarp;
+  return of_warp(lane < blockDim.x / kWarp ? of_warps[lane] : none);
+}
+
+__device__ __forceinline__ float block_sum(float value) {
+  return over_block(value, 0.0f, [](float v) { return warp_sum(v); });
 }
 
 }  // namespace kestrel

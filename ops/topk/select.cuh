@@ -23,26 +23,13 @@ struct SelectShared {
   int found[3];
 };
 
-// The largest key of a block's threads, in every thread.
 template <class Key>
 __device__ __forceinline__ Key block_best(Key mine) {
-  __shared__ Key of_warps[kWarp];
-  mine = warp_best(mine);
-  __syncthreads();  // the last call's readers are done
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = mine;
-  __syncthreads();
-  const unsigned lane = threadIdx.x % kWarp;
-  return warp_best(lane < blockDim.x / kWarp ? of_warps[lane] : Key{0});
+  return over_block(mine, Key{0}, [](Key key) { return warp_best(key); });
 }
 
 __device__ __forceinline__ unsigned block_total(unsigned count) {
-  __shared__ unsigned of_warps[kWarp];
-  count = __reduce_add_sync(~0u, count);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = count;
-  __syncthreads();
-  const unsigned lane = threadIdx.x % kWarp;
-  return __reduce_add_sync(~0u, lane < blockDim.x / kWarp ? of_warps[lane] : 0);
+  return over_block(count, 0u, [](unsigned some) { return __reduce_add_sync(~0u, some); });
 }
 
 // A key that at least `least` keys reach, and no more than `most` once they are that few; 0 where there are not that
