@@ -11,7 +11,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// With KESTREL_DELAYS, a test option, warps come late to barriers at random: an order that only happened to hold breaks.
+// With KESTREL_DELAYS, a test option, warps come late to barriers at random: an order that merely happened breaks.
 __device__ __forceinline__ void come_late() {
 #ifdef KESTREL_DELAYS
   const uint32_t dice = (static_cast<uint32_t>(clock()) + blockIdx.x * 977 + threadIdx.x / 32 * 131) * 2654435761u;

@@ -1,7 +1,10 @@
 // Programmatic dependent launch, the library's rule: before its wait a kernel reads only what no kernel writes during
 // the run (weights, scales, tables) and writes nothing; it triggers right after its wait, so that when its successor
-// starts, everything older than this kernel is complete. Both are no-ops below sm_90 and in plain launches.
+// starts, everything older than this kernel is complete. Products of weights and norms of few rows trigger at once: the
+// weights of the next product are then on their way two kernels early. No-ops below sm_90 and in plain launches.
 #pragma once
+
+#include <cstdint>
 
 namespace kestrel {
 
@@ -36,6 +39,14 @@ __device__ __forceinline__ void release_successor() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Both, for a norm. Of few rows it triggers first: a token through SmolLM2-135M takes 440 us instead of 509. Blocks of
+// many would be in each other's way (layernorm 729x1152: 2.66 us instead of 2.22).
+__device__ __forceinline__ void wait_and_release(int64_t rows) {
+  if (rows <= 16) release_successor();
+  wait_for_predecessor();
+  release_successor();
 }
 
 }  // namespace kestrel

@@ -32,8 +32,8 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// From of_warp(value), over a warp and in each lane, the same over all threads of a block of whole warps. `none` changes
-// no result. In a fixed order: the same bits on every run.
+// From of_warp(value), over a warp and in each lane, the same over all threads of a block of whole warps, in a fixed
+// order. `none` changes no result.
 template <class T, class OfWarp>
 __device__ __forceinline__ T over_block(T value, T none, const OfWarp& of_warp) {
   __shared__ T of_warps[kWarp];

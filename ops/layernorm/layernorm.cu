@@ -95,8 +95,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks)
     bias[v] = load<Tile::kSize>(args.bias + column(v));
   }
   compute_now(x_row);
-  wait_for_predecessor();
-  release_successor();
+  wait_and_release(args.rows);
   if (row >= args.rows) return;  // whole warps: a row of more lanes has its block alone
 #pragma unroll
   for (int v = 0; v < Tile::kVectors; ++v) x[v] = load<Tile::kSize>(x_row + column(v));
@@ -135,8 +134,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks)
 
 template <class T, int kVec>
 __global__ void __launch_bounds__(1024) layernorm_reload_kernel(const __grid_constant__ ReloadArgs<T> args) {
-  wait_for_predecessor();
-  release_successor();
+  wait_and_release(gridDim.x);
   const T* x = args.x + args.x_rows.offset(blockIdx.x);
   T* out = args.out + args.out_rows.offset(blockIdx.x);
   const int width = args.width, first = threadIdx.x * kVec, step = blockDim.x * kVec;

@@ -114,8 +114,7 @@ __global__ void __launch_bounds__(kTileThreads, kMinBlocks<T>)
   Vec<T, kSize> x[kVectors], weight[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) weight[v] = load<kSize>(args.weight + column(v));
-  release_successor();
-  wait_for_predecessor();
+  wait_and_release(args.rows);
   if (row >= args.rows) return;  // whole warps: a row of more lanes has its block alone
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) x[v] = load<kSize>(x_row + column(v));
@@ -141,8 +140,7 @@ __global__ void __launch_bounds__(kTileThreads, kMinBlocks<T>)
 
 template <class T, int kVec, bool kResidual>
 __global__ void __launch_bounds__(1024) rmsnorm_loop_kernel(const __grid_constant__ LoopArgs<T> args) {
-  wait_for_predecessor();
-  release_successor();
+  wait_and_release(args.x_rows.count);
   const int first = threadIdx.x * kVec, step = blockDim.x * kVec;
   for (int64_t row = blockIdx.x; row < args.x_rows.count; row += gridDim.x) {
     const T* x = args.x + args.x_rows.offset(row);

@@ -209,8 +209,9 @@ def flash_attn_with_kvcache(
         max_seqlen_k: the host's bound on the lengths; None: what the table can hold.
         fresh_tokens: only the newest so many tokens of a sequence may still be being written by the kernel before this
             one; None: all. Older tokens, lengths and page table are then read while that kernel still runs. It must not
-            be one that lets its successor start before its own turn has come: a product of `linear`, `fused_mlp` or the
-            MoE. (In practice it is `rope_and_cache`.) None is always right. Without effect on the CPU.
+            be one that lets its successor start before its own turn has come: a norm, or a product of `linear`,
+            `fused_mlp` or the MoE. (In practice it is `rope_and_cache`.) None is always right. Without effect on the
+            CPU.
         batch_invariant: fix the split of the keys, so that a request's bits depend on its own length and the room for
             it alone (max_pages * page_size), not on its neighbours. On the CPU they never do. On the GPU it costs what
             the best split for the batch would have gained.
