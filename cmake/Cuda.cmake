@@ -15,6 +15,7 @@ if(NOT DEFINED KESTREL_CUDA)
 endif()
 set(KESTREL_CUDA_NAMES "")
 option(KESTREL_CUDA "Build the CUDA kernels" ${KESTREL_CUDA})
+option(KESTREL_RACECHECK "Kernels that compute-sanitizer's racecheck follows: no setmaxnreg, spills allowed" OFF)
 
 if(KESTREL_CUDA)
   foreach(source IN ITEMS KESTREL_KERNELS_CUDA_ARCH TORCH_CUDA_ARCH_LIST)
@@ -46,8 +47,12 @@ if(KESTREL_CUDA)
   endif()
   # A spill is a warning of ptxas, thus an error; a serialized wgmma is a note, which the launcher makes one. The
   # launcher also keeps what -v says.
-  add_compile_options(
-    "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-Xptxas=-v,--warn-on-spills,--warning-as-error>")
+  if(KESTREL_RACECHECK)
+    add_compile_options("$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-Xptxas=-v;-DKESTREL_RACECHECK>")
+  else()
+    add_compile_options(
+      "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-Xptxas=-v,--warn-on-spills,--warning-as-error>")
+  endif()
   set(CMAKE_CUDA_COMPILER_LAUNCHER sh "${PROJECT_SOURCE_DIR}/cmake/nvcc.sh" ${CMAKE_CUDA_COMPILER_LAUNCHER})
   message(STATUS "CUDA kernels for ${KESTREL_CUDA_NAMES}, ${CMAKE_CUDA_COMPILER}")
 else()
