@@ -333,7 +333,7 @@ def test_defaults() -> None:
         "num_splits": 0, "prefix_len": None, "k_scale": None, "v_scale": None, "return_lse": False, "out": None,
     }  # fmt: skip
     first = inspect.signature(cute.flash_attn_func).parameters
-    assert list(first) == ["q", "k", "v", *shared]
+    assert list(first) == ["q", "k", "v", *shared, "workspace"]
     for function in (cute.flash_attn_func, cute.flash_attn_varlen_func, cute.flash_attn_with_kvcache):
         parameters = inspect.signature(function).parameters
         assert {name: parameters[name].default for name in shared} == shared

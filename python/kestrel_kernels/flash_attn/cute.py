@@ -84,6 +84,7 @@ def flash_attn_func(
     v_scale: float | Array | None = None,
     return_lse: bool = False,
     out: Array | None = None,
+    *,
     workspace: Array | None = None,
 ) -> Any:
     """Attention of q over dense k and v. Positions: see the module, `kestrel_kernels.flash_attn.cute`.
@@ -146,6 +147,7 @@ def flash_attn_varlen_func(
     out: Array | None = None,
     seqused_k: Array | None = None,
     page_table: Array | None = None,
+    *,
     workspace: Array | None = None,
 ) -> Any:
     """Attention over packed sequences of different lengths; the keys packed, paged, or dense.
@@ -194,6 +196,7 @@ def flash_attn_with_kvcache(
     max_seqlen_k: int | None = None,
     fresh_tokens: int | None = None,
     batch_invariant: bool = False,
+    *,
     workspace: Array | None = None,
 ) -> Any:
     """Attention of the newest queries, one (decode) or many (append), over a cache that holds their keys already.
