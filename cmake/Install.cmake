@@ -1,4 +1,4 @@
-# What the wheel holds beside the Python modules: two libraries, the headers, a CMake package.
+# What the wheel holds beside the Python modules: two libraries, the headers, a CMake package, a list of the kernels.
 include(CMakePackageConfigHelpers)
 include(GNUInstallDirs)
 set(package kestrel_kernels)
@@ -32,3 +32,13 @@ install(FILES "${CMAKE_CURRENT_BINARY_DIR}/KestrelKernelsConfig.cmake"
 install(CODE "execute_process(COMMAND \"${Python_EXECUTABLE}\" \"${PROJECT_SOURCE_DIR}/tools/stubs.py\"
                               \"\${CMAKE_INSTALL_PREFIX}/${package}/__init__.pyi\" COMMAND_ERROR_IS_FATAL ANY)"
         COMPONENT python)
+# What ptxas made of each kernel, for `kestrel-kernels info`.
+set(kernel_list "\${CMAKE_INSTALL_PREFIX}/${lib_dir}/kernels.json")
+if(KESTREL_CUDA)
+  install(CODE "execute_process(COMMAND \"${Python_EXECUTABLE}\" -m scripts.precompile --list
+                                --build \"${PROJECT_BINARY_DIR}\" --json \"${kernel_list}\"
+                                WORKING_DIRECTORY \"${PROJECT_SOURCE_DIR}\" OUTPUT_QUIET COMMAND_ERROR_IS_FATAL ANY)"
+          COMPONENT python)
+else()
+  install(CODE "file(REMOVE \"${kernel_list}\")" COMPONENT python)
+endif()

@@ -104,7 +104,7 @@ def main() -> int:
     spilled = sum(k.spills > 0 for k in found)
     print(f"{len(found)} kernels of {len({k.op for k in found})} ops, {spilled} with spills")
     if options.json:
-        options.json.write_text(json.dumps([dataclasses.asdict(k) for k in found], indent=1) + "\n")
+        options.json.write_text("[\n" + ",\n".join(json.dumps(dataclasses.asdict(k)) for k in found) + "\n]\n")
     return int(not found or spilled > 0)
 
 

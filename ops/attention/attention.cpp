@@ -10,14 +10,15 @@
 #include "kestrel/cpu/target.h"
 #include "kestrel/cuda.h"
 #include "kestrel/indices.h"
-#include "ops/attention/decode.h"
+#include "ops/attention/plan.h"
 #include "ops/attention/problem.h"
 
 KESTREL_CPU_TWIN(attention, void(const kestrel::AttentionProblem& problem));
 
 namespace kestrel {
 namespace cuda {
-bool attention_prefill(Stream stream, const AttentionProblem& problem);
+const char* attention_decode(Stream stream, const AttentionProblem& problem, const DecodeHints& hints, DecodePlan plan);
+void attention_prefill(Stream stream, const AttentionProblem& problem, const PrefillPlan& plan);
 void attention(Stream stream, const AttentionProblem& problem);
 }  // namespace cuda
 
@@ -106,7 +107,7 @@ void check_sequences(Contract& c, const AttentionProblem& p, std::optional<int64
 
 const char* last_attention_kernel() { return last_kernel; }
 
-int64_t attention_workspace_bytes() { return cuda::kAttentionWorkspaceBytes; }
+int64_t attention_workspace_bytes() { return kAttentionWorkspaceBytes; }
 
 void attention(Stream stream, Tensor out, std::optional<Tensor> lse, Tensor q, Tensor k, Tensor v,
                const AttentionOptions& o) {
@@ -211,22 +212,23 @@ void attention(Stream stream, Tensor out, std::optional<Tensor> lse, Tensor q, T
     if (prefix.tensor) c.indices(stream, "prefix_len", *prefix.tensor, 0, kInt32End, false);
     check_sequences(c, read, o.max_seqlen_q, o.max_seqlen_k);
   }
-  last_kernel = c.on_cpu() ? "cpu" : "FlashAttentionPlain";
+  last_kernel = c.on_cpu() ? "cpu" : kPlainKernel;
   if (out.empty()) return;
   if (c.on_cpu()) return cpu::attention(p);
   if constexpr (kHasCuda) {
     DeviceGuard guard(q.device);
-    const cuda::DecodeHints hints{std::min(o.max_seqlen_k.value_or(p.k_len), p.k_len), o.num_splits, o.fresh_tokens,
-                                  o.batch_invariant, o.workspace ? o.workspace->data : nullptr};
-    if (const char* decode = cuda::attention_decode(stream, p, hints)) {
-      last_kernel = decode;
-      return;
+    const DecodeHints hints{std::min(o.max_seqlen_k.value_or(p.k_len), p.k_len), o.num_splits, o.fresh_tokens,
+                            o.batch_invariant, o.workspace ? o.workspace->data : nullptr};
+    AttentionPlan plan;
+    if (compute_capability() == 90) plan = attention_plan(p, hints, sm_count());
+    if (plan.decode) {
+      last_kernel = cuda::attention_decode(stream, p, hints, *plan.decode);
+    } else if (plan.prefill) {
+      last_kernel = kPrefillKernel;
+      cuda::attention_prefill(stream, p, *plan.prefill);
+    } else {
+      cuda::attention(stream, p);
     }
-    if (cuda::attention_prefill(stream, p)) {
-      last_kernel = "FlashAttentionFwd";
-      return;
-    }
-    cuda::attention(stream, p);
   }
 }
 

@@ -1,9 +1,8 @@
-// What the decode kernels are told, and how one is chosen. The cache is addressed in units of 16 bytes: 32 bits reach
-// 64 GB.
+// What the decode kernels are told. The cache is addressed in units of 16 bytes: 32 bits reach 64 GB.
 #pragma once
 
 #include "kestrel/hopper/divide.cuh"
-#include "ops/attention/decode.h"
+#include "ops/attention/plan.h"
 
 namespace kestrel::cuda {
 
@@ -49,29 +48,10 @@ struct DecodeArgs {
   DType sink_dtype;
 };
 
-constexpr int kMostSplits = 64;
-
-// Who joins the parts of a row: the block that has them all, the blocks of a cluster, or the last block to arrive.
-enum class Merge { kBlock, kCluster, kGrid };
-
-// A kernel and how it is launched.
-struct DecodePlan {
-  int size;     // head size of the tile, at least that of the problem
-  int heads;    // key heads in a block; 0: one, with several rows
-  int batches;  // of 16 keys, in a warp's step
-  Merge merge = Merge::kBlock;
-  int warps = 4;
-  int splits = 0, share = 0, slots = 0;  // as in DecodeArgs; a cluster is as large as its splits
-};
-
-// The problem in the kernels' terms; false if they cannot take it.
-bool decode_args(const AttentionProblem& problem, const DecodeHints& hints, DecodeArgs* args);
-DecodePlan decode_plan(const AttentionProblem& problem, const DecodeHints& hints);
-// False if the workspace does not hold its splits.
-bool set_plan(const DecodePlan& plan, int64_t k_heads, const DecodeHints& hints, DecodeArgs* args);
-
-// Launches the tile of the plan; false if it is not compiled.
-template <class Q, class KV>
-bool launch_decode(Stream stream, DecodeArgs& args, const DecodePlan& plan);
+// The launch of a compiled tile: compiled_decode.h lists them.
+template <class Q, class KV, int kSize, int kHeads, int kBatches, Merge kMerge, bool kWhole, int kMostThreads>
+struct DecodeTile;
+template <class Tile>
+void launch_decode(Stream stream, DecodeArgs& args, const DecodePlan& plan);
 
 }  // namespace kestrel::cuda

@@ -288,15 +288,6 @@ __device__ inline bool arrives_last(uint64_t* counter, uint32_t count) {
   return true;
 }
 
-// What merge_block() needs of shared memory.
-template <class Tile>
-constexpr size_t merge_bytes(int rows, int warps, int splits) {
-  const int parts = Tile::kMerge == Merge::kCluster ? warps * splits : warps;
-  const int units =
-      Tile::kMerge == Merge::kCluster ? (rows * Tile::kSize / 4 + splits - 1) / splits : rows * Tile::kSize / 4;
-  return static_cast<size_t>(parts) * ((units | 1) * sizeof(float4) + (rows | 1) * sizeof(float2));
-}
-
 // The workspace's float4s for a split of a block.
 template <class Tile>
 constexpr int kSlotUnits = Tile::kMostRows* Tile::kSize / 4 + (Tile::kMostRows + 1) / 2;
@@ -306,7 +297,7 @@ __device__ __forceinline__ void merge_block(const DecodeArgs& a, float (&out)[Ti
                                             float (&top)[Tile::kColumns], float (&sum)[Tile::kColumns]) {
   constexpr bool kCluster = Tile::kMerge == Merge::kCluster, kGrid = Tile::kMerge == Merge::kGrid;
   constexpr int kRowUnits = Tile::kSize / 4;
-  extern __shared__ float4 shared_parts[];
+  extern __shared__ float4 shared_parts[];  // decode_shared_bytes() of plan.h
   const uint32_t thread = this_thread(), lane = thread % kWarp, g = lane / 4, t = lane % 4;
   const int warp = static_cast<int>(thread / kWarp), warps = static_cast<int>(blockDim.x / kWarp);
   const float v_scale = a.has(a.kScales) && a.v_scale_at ? *a.v_scale_at : a.v_scale;

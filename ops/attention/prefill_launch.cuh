@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kestrel/tensor_map.h"
 #include "ops/attention/prefill.h"
@@ -57,22 +58,17 @@ void launch_prefill(Stream stream, const AttentionProblem& p, const PrefillShape
   a.groups = shape.groups, a.paired = shape.paired, a.turns = shape.turns && shape.groups > 1;
   a.fixed = !(p.cu_seqlens_q || p.cu_seqlens_k || p.seqused_k || p.prefix_lens);
   a.unclean = Tile::kBoxes && (p.cu_seqlens_k || p.seqused_k);
-  const int64_t blocks = shape.persistent ? std::min<int64_t>(tiles, sm_count()) : tiles;
+  const int64_t blocks = prefill_blocks(p, shape, sm_count());
   a.blocks = static_cast<uint32_t>(blocks);
   launch<prefill_kernel<Tile>>(
       stream, {blocks, (shape.groups + 1) * kGroupThreads, 1, static_cast<size_t>(Tile::kSharedBytes)}, a);
 }
 
-// The kernels of one head size, or of those up to it.
-template <int kHead, int kGroups, int kStages, int kSlots, int kRowGroups, int kE4m3Groups>
-void launch_prefill(Stream stream, const AttentionProblem& p, KeySource source, const PrefillShape& shape) {
+template <int kHead, KeySource kKeys, int kGroups, int kStages, int kSlots>
+void launch_prefill(Stream stream, const AttentionProblem& p, const PrefillShape& shape) {
   dispatch<bf16, f16>(p.q_dtype, [&]<class Q>() {
-    if (source == KeySource::kBoxes)
-      return launch_prefill<PrefillTile<Q, Q, kHead, KeySource::kBoxes, kGroups, kStages, kSlots>>(stream, p, shape);
-    if (source == KeySource::kRows)
-      return launch_prefill<PrefillTile<Q, Q, kHead, KeySource::kRows, kRowGroups, kStages, 1>>(stream, p, shape);
-    if constexpr (kE4m3Groups > 0)
-      launch_prefill<PrefillTile<f16, Q, kHead, KeySource::kE4m3Rows, kE4m3Groups, kStages, 1>>(stream, p, shape);
+    using T = std::conditional_t<kKeys == KeySource::kE4m3Rows, f16, Q>;
+    launch_prefill<PrefillTile<T, Q, kHead, kKeys, kGroups, kStages, kSlots>>(stream, p, shape);
   });
 }
 

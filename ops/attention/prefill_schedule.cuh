@@ -1,7 +1,7 @@
 // Who does what: tiles of work in their order, the longest first, and the tiles of keys that each of their parts needs.
 #pragma once
 
-#include "ops/attention/prefill_tile.h"
+#include "ops/attention/prefill_args.h"
 
 namespace kestrel::cuda {
 

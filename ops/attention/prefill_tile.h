@@ -3,14 +3,9 @@
 // where the head size is no multiple of 64.
 #pragma once
 
-#include <cuda.h>
-
 #include <cstdint>
 
-#include <kestrel/tensor.h>
-
-#include "kestrel/hopper/divide.cuh"
-#include "ops/attention/problem.h"
+#include "ops/attention/plan.h"
 
 namespace kestrel::cuda {
 
@@ -20,9 +15,6 @@ constexpr int kPanelBytes = kTileRows * kPanelColumns * 2;
 constexpr int kGroupThreads = 128;
 constexpr int kMostGroups = 4;
 constexpr int kPlanBytes = 144;
-
-// How keys and values come into shared memory: in boxes of the copy engine; or row by row, as they are or converted.
-enum class KeySource { kBoxes, kRows, kE4m3Rows };
 
 // T: what the products take. Out: the type of queries and output. kHead: columns of the heads, a multiple of 8.
 template <class T_, class Out_, int kHead_, KeySource kSource_, int kGroups_, int kStages_, int kQuerySlots_>
@@ -67,21 +59,9 @@ struct PrefillTile {
   static_assert(kSharedBytes <= 227 << 10);
 };
 
-struct PrefillArgs {
-  // Boxes of 64 rows and 64 columns; with a partial last panel, others of its width.
-  CUtensorMap q, k, v, q_last, k_last, v_last;
-  AttentionProblem problem;
-  uint32_t blocks;     // of the grid
-  uint32_t tiles;      // blocks' worth of work, some of them perhaps empty
-  uint32_t row_tiles;  // of one head: of one sequence, or of all packed ones together
-  uint32_t heads;      // of all sequences
-  uint32_t section;    // of them, worked on side by side, so that L2 holds their keys
-  Divider<uint32_t> by_section_tiles, by_section, by_q_heads, by_group, by_page_size;
-  int groups;    // warpgroups with queries in this launch
-  bool paired;   // a block's groups take long and short rows of one sequence, for launches of one wave
-  bool turns;    // groups issue their products in turn
-  bool fixed;    // no length comes from device memory
-  bool unclean;  // rows past a sequence's keys may hold NaN
-};
+template <int kHead, KeySource kKeys, int kGroups, int kStages, int kSlots,
+          class Tile = PrefillTile<bf16, bf16, kHead, kKeys, kGroups, kStages, kSlots>>
+inline constexpr PrefillRow kPrefillRow = {
+    kHead, kKeys, kGroups, kStages, kSlots, Tile::kSharedBytes, Tile::kRegisters, Tile::kLoaderRegisters};
 
 }  // namespace kestrel::cuda

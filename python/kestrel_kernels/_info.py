@@ -1,27 +1,39 @@
-"""`kestrel-kernels info`: what is installed, where it lies, and what it found on this machine."""
+"""`kestrel-kernels info`: what is installed, where it lies, what it found on this machine; and which kernel attention
+would run, in which tile."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import kestrel_kernels
-from kestrel_kernels import _library
+from kestrel_kernels import _attention_plan, _library
+from kestrel_kernels._attention_plan import H200_SMS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a table, or the one path that a flag asks for; 1 where the package's own files are missing."""
+    """Prints a table, or the one path that a flag asks for; 1 where the package's own files are missing, 2 for a case
+    that is none."""
     parser = argparse.ArgumentParser(prog="kestrel-kernels info", description=__doc__)
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--cmake-dir", action="store_true", help="the folder for find_package(KestrelKernels)")
     one.add_argument("--include-dir", action="store_true", help="the folder of <kestrel/*.h> and <dlpack/dlpack.h>")
     one.add_argument("--lib-dir", action="store_true", help="the folder of libkestrel.so")
+    parser.add_argument("op", nargs="?", choices=["attention"], help="what its rules choose")
+    parser.add_argument("--case", action="append", metavar="NAME", help='as in bench: "b1 kv740 h32 d64 bf16 page1"')
+    parser.add_argument("--sms", type=int, default=H200_SMS, help=f"of the GPU (default: {H200_SMS}, an H200)")
     options = parser.parse_args(argv)
+    if bool(options.op) != bool(options.case) or options.sms < 1:
+        parser.error("'attention' and --case go together; --sms is at least 1")
     try:
+        if options.op:
+            return _print_plans(options.case, options.sms)
         if options.cmake_dir:
             print(_cmake_dir())
         elif options.include_dir:
@@ -54,9 +66,34 @@ def _print_table() -> None:
         "tvm-ffi": tvm_ffi.__version__,
         "Python": sys.version.split()[0],
     }
+    _print_rows(rows)
+
+
+def _print_rows(rows: Mapping[str, object]) -> None:
     for name, value in rows.items():
         for i, line in enumerate(str(value).splitlines()):
             print(f"{'' if i else name:<14}{line}")
+
+
+def _print_plans(cases: Sequence[str], sms: int) -> int:
+    if not importlib.util.find_spec("torch"):
+        print("kestrel-kernels info: the bench, whose cases these are, needs torch", file=sys.stderr)
+        return 2
+    from kestrel_kernels._bench.entry import load_cases
+    from kestrel_kernels._bench.ops.attention import ENTRIES
+
+    for i, case in enumerate(cases):
+        kinds = [kind for kind in ENTRIES if re.fullmatch(kind.pattern, case)]
+        if not kinds:
+            known = "".join(f"\n  {c.name}" for c in load_cases() if c.op in {kind.op for kind in ENTRIES})
+            print(f"kestrel-kernels info: no case of attention is called {case!r}; some are{known}", file=sys.stderr)
+            return 2
+        rows = {"case": case, "GPU": f"{sms} SMs{', an H200: --sms for another' if sms == H200_SMS else ''}"}
+        rows |= _attention_plan.lines(kinds[0](case).plan(sms))
+        if i:
+            print()
+        _print_rows(rows)
+    return 0
 
 
 def gpus() -> list[str]:

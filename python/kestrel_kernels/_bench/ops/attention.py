@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from kestrel_kernels._attention_plan import Plan, attention_plan
 from kestrel_kernels._bench.entry import Entry, Maker, Peer, Set
 
 
@@ -53,7 +54,13 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **more: Any) -> torc
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **more).transpose(1, 2)
 
 
-class AttentionPrefill(Entry):
+class AttentionEntry(Entry):
+    def plan(self, sms: int) -> Plan:
+        """Which kernel serves the case, and how its launch is spread, on a Hopper GPU of so many SMs."""
+        raise NotImplementedError
+
+
+class AttentionPrefill(AttentionEntry):
     """Checked on at most 128 of the queries: all of them in float64 would not fit."""
 
     op = "attention_prefill"
@@ -79,6 +86,15 @@ class AttentionPrefill(Entry):
         if self.dtype:
             self.function = "flash_attn.cute.flash_attn_with_kvcache"
             self.arguments = "q k_cache v_cache page_table= seqused_k= prefix_len= k_scale= v_scale= out="
+
+    def plan(self, sms: int) -> Plan:
+        return attention_plan(
+            *(sms, self.batch or 1, self.tokens, self.tokens, self.heads, self.heads, self.size),
+            e4m3=self.dtype == "fp8",
+            page_size=1 if self.dtype else 0,
+            causal=self.mask == "causal",
+            prefix_len=self.prefix,
+        )
 
     def inputs(self, make: Maker) -> Set:
         batch = self.batch or 1
@@ -139,7 +155,7 @@ class AttentionPrefill(Entry):
         return {"cudnn": cudnn}
 
 
-class AttentionDecode(Entry):
+class AttentionDecode(AttentionEntry):
     """One query token per sequence, all sequences of one length."""
 
     op = "attention_decode"
@@ -165,6 +181,14 @@ class AttentionDecode(Entry):
     page: int
     fresh: int | None
 
+    def plan(self, sms: int) -> Plan:
+        return attention_plan(
+            *(sms, self.batch, 1, self.keys, self.heads, self.kv_heads or self.heads, self.size),
+            e4m3=self.dtype == "fp8",
+            page_size=self.page,
+            causal=True,
+        )
+
     def inputs(self, make: Maker) -> Set:
         shape = (self.batch, 1, self.heads, self.size)
         s: Set = {"q": make.normal(*shape), "out": make.empty(*shape), "fresh_tokens": self.fresh, "causal": True}
@@ -185,7 +209,7 @@ class AttentionDecode(Entry):
         return sdpa(s["q"], gathered(s, "k", self.keys), gathered(s, "v", self.keys))
 
 
-class AttentionVarlen(Entry):
+class AttentionVarlen(AttentionEntry):
     """Packed sequences of these lengths ("s5+1+17"), each causal in itself."""
 
     op = "attention_varlen"
@@ -202,6 +226,12 @@ class AttentionVarlen(Entry):
     @property
     def _lengths(self) -> list[int]:
         return [int(n) for n in self.lengths.split("+")]
+
+    def plan(self, sms: int) -> Plan:
+        total = sum(self._lengths)
+        return attention_plan(
+            *(sms, len(self._lengths), total, total, self.heads, self.heads, self.size), packed=True, causal=True
+        )
 
     def inputs(self, make: Maker) -> Set:
         shape = (sum(self._lengths), self.heads, self.size)
@@ -231,6 +261,9 @@ class AttentionVarlen(Entry):
     def eager(self, s: Set) -> Any:
         sequences = zip(*(s[name].split(self._lengths) for name in "qkv"), strict=True)
         return torch.cat([sdpa(q[None], k[None], v[None], is_causal=True)[0] for q, k, v in sequences])
+
+
+ENTRIES: tuple[type[AttentionEntry], ...] = (AttentionPrefill, AttentionDecode, AttentionVarlen)
 
 
 def _lower(size: int, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,11 @@
+# The tables of compiled tiles, and the sources that hold the tiles, written when a list of them changes.
+file(GLOB tile_writers CONFIGURE_DEPENDS tools/*_tiles.py)
+file(GLOB tile_lists CONFIGURE_DEPENDS ops/*/tiles.json python/kestrel_kernels/configs/*.json)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${tile_writers} tools/generated.py ${tile_lists})
+foreach(writer IN LISTS tile_writers)
+  execute_process(COMMAND "${Python_EXECUTABLE}" "${writer}" "${PROJECT_BINARY_DIR}/gen" RESULT_VARIABLE writer_failed)
+  if(writer_failed)
+    message(FATAL_ERROR "${writer} failed")
+  endif()
+endforeach()
+target_include_directories(kestrel_build_options INTERFACE "${PROJECT_BINARY_DIR}/gen")

@@ -1,0 +1,225 @@
+#include "ops/attention/plan.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "ops/attention/compiled_tiles.h"
+
+namespace kestrel {
+namespace {
+
+constexpr int64_t kMostKeys = int64_t{1} << 30;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool aligned(const void* data, int64_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
+
+// Rows of whole 16 bytes (8 of e4m3), at such addresses.
+bool vectors_fit(const void* data, const AttentionStrides& s, DType dtype) {
+  return aligned(data, 8 * size_of(dtype)) && s.batch % 8 == 0 && s.token % 8 == 0 && s.head % 8 == 0;
+}
+
+bool boxes_fit(const AttentionStrides& s) {
+  constexpr int64_t kEnd = int64_t{1} << 39;  // elements of 16 bits
+  const auto fits = [](int64_t stride) { return stride >= 0 && stride < kEnd; };
+  return fits(s.batch) && fits(s.token) && fits(s.head);
+}
+
+PrefillShape prefill_shape(const AttentionProblem& p, int most_groups, int64_t sms) {
+  const int64_t heads = (p.cu_seqlens_q ? 1 : p.batch) * p.q_heads;
+  const bool causal = p.causal && p.prefix_len < 0 && !p.prefix_lens;
+  // One wave: as many blocks as there are SMs for. Each has long and short rows of a causal mask.
+  for (int groups = 1; groups <= most_groups; ++groups)
+    if (heads * row_tiles_of(p, groups) <= sms) return {groups, true, groups > 1 && !causal, false};
+  // Tiles of one length: a block that goes from one to the next has its loads ahead (13 x 729 keys of 16 x 72: 89 us,
+  // 106 without). Of different lengths, each SM had better take the next when it is done with one.
+  const bool even = !p.causal && p.window_left < 0 && p.window_right < 0 && !p.cu_seqlens_q;
+  const bool small = p.head_size <= kPrefillRule.turns_head;  // at 128, neither this nor turns gains anything
+  return {most_groups, false, small, small && even};
+}
+
+// The cache is made of units of 16 bytes, and 32 bits reach its end in these.
+bool units_fit(const AttentionProblem& p, int64_t pages, int64_t page_size) {
+  const int64_t size = size_of(p.kv_dtype), strides[3] = {p.k_stride.batch, p.k_stride.token, p.k_stride.head};
+  const int64_t counts[3] = {pages, page_size, p.k_heads};
+  int64_t end = ceil_div(p.head_size * size, 16);
+  for (int i = 0; i < 3; ++i) {
+    const int64_t stride = strides[i] * size / 16;
+    if (strides[i] < 0 || strides[i] * size % 16 || stride >> 32) return false;
+    if (counts[i] > 1 && stride > 0 && counts[i] - 1 > (int64_t{1} << 32) / stride) return false;
+    end += stride * (counts[i] - 1);
+  }
+  return end < int64_t{1} << 32;
+}
+
+// Rows of q or out: strides of whole vectors, and within 32 bits.
+bool in_vectors(const void* data, const AttentionStrides& stride, int64_t elements) {
+  if (!aligned(data, elements * 2)) return false;
+  for (const int64_t s : {stride.batch, stride.token, stride.head})
+    if (s % elements || s < 0 || s >> 32) return false;
+  return true;
+}
+
+bool decode_takes(const AttentionProblem& p) {
+  const int64_t kv_size = size_of(p.kv_dtype), pages = p.page_table ? p.pages : p.batch;
+  const int64_t page_size = p.page_table ? p.page_size : std::max<int64_t>(p.k_len, 1);
+  if (p.cu_seqlens_q || p.cu_seqlens_k || p.q_len > kDecodeRule.most_queries || p.k_len == 0 || p.k_len >= kMostKeys ||
+      p.batch > 65535 || p.q_heads * p.q_len > 65535 || p.head_size * kv_size % 16 || p.head_size % 8 ||
+      page_size >= kMostKeys || p.batch * p.page_table_stride >= int64_t{1} << 31 || pages >= int64_t{1} << 31)
+    return false;
+  return p.k_stride == p.v_stride && aligned(p.k, 16) && aligned(p.v, 16) && units_fit(p, pages, page_size) &&
+         in_vectors(p.q, p.q_stride, 8) && in_vectors(p.out, p.out_stride, 4);
+}
+
+}  // namespace
+
+const PrefillRow& prefill_row(int tile) { return kPrefillRows[tile]; }
+const DecodeRow& decode_row(int tile) { return kDecodeRows[tile]; }
+
+int64_t row_tiles_of(const AttentionProblem& p, int groups) {
+  return ceil_div(p.q_len, groups * cuda::kTileRows) + (p.cu_seqlens_q ? p.batch : 0);
+}
+
+int64_t prefill_blocks(const AttentionProblem& p, const PrefillShape& shape, int64_t sms) {
+  const int64_t tiles = (p.cu_seqlens_q ? 1 : p.batch) * p.q_heads * row_tiles_of(p, shape.groups);
+  return shape.persistent ? std::min(tiles, sms) : tiles;
+}
+
+std::optional<PrefillPlan> prefill_plan(const AttentionProblem& p, int64_t sms) {
+  const int64_t sequences = p.cu_seqlens_q ? p.batch : 1;
+  if (p.head_size % 8 != 0 || p.head_size < kPrefillRule.least_head ||
+      p.q_len <= kDecodeRule.most_queries * sequences || p.q_len + p.k_len >= kMostKeys ||
+      p.batch >= kMostKeys / p.q_heads)
+    return std::nullopt;
+  if (!vectors_fit(p.q, p.q_stride, p.q_dtype) || !vectors_fit(p.out, p.out_stride, p.q_dtype) ||
+      !vectors_fit(p.k, p.k_stride, p.kv_dtype) || !vectors_fit(p.v, p.v_stride, p.kv_dtype) || !boxes_fit(p.q_stride))
+    return std::nullopt;
+  const bool boxes = !p.page_table && boxes_fit(p.k_stride) && boxes_fit(p.v_stride);
+  const KeySource keys = p.kv_dtype == DType::kE4M3 ? KeySource::kE4m3Rows
+                         : boxes                    ? KeySource::kBoxes
+                                                    : KeySource::kRows;
+  for (const PrefillRow& row : kPrefillRows) {
+    if (row.head_size < p.head_size || row.keys != keys) continue;
+    const PrefillShape shape = prefill_shape(p, row.groups, sms);
+    if ((p.cu_seqlens_q ? 1 : p.batch) * p.q_heads * row_tiles_of(p, shape.groups) >= kMostKeys) return std::nullopt;
+    return PrefillPlan{static_cast<int>(&row - kPrefillRows), shape};
+  }
+  return std::nullopt;
+}
+
+int64_t decode_groups(const DecodeRow& tile, int64_t k_heads, int64_t rows) {
+  return tile.heads ? k_heads / tile.heads : k_heads * ceil_div(rows, 8);
+}
+
+int64_t decode_blocks(const DecodePlan& plan, int64_t groups, int64_t batch) {
+  const int64_t whole = groups * batch;
+  if (plan.slots) return whole + plan.slots;
+  return plan.merge == Merge::kBlock ? whole : whole * plan.splits;
+}
+
+int64_t decode_splits(const DecodePlan& plan, int64_t groups, int64_t batch, int64_t keys) {
+  if (plan.share) return std::max<int64_t>(ceil_div(keys, plan.share), 1);
+  if (!plan.slots) return std::max(plan.splits, 1);
+  const auto least = static_cast<float>(plan.warps * decode_row(plan.tile).tokens());
+  const float share = std::max(static_cast<float>(batch * keys) * static_cast<float>(groups) / plan.slots, least);
+  return std::clamp(static_cast<int>(static_cast<float>(keys) / share + 0.7f), 1, kMostSplits);
+}
+
+// Parts are a float4 of 4 columns of a row each, and a maximum and a sum of each row; odd pitches avoid bank conflicts.
+int64_t decode_shared_bytes(const DecodePlan& plan, int64_t rows) {
+  const DecodeRow& tile = decode_row(plan.tile);
+  const int64_t blocks = plan.merge == Merge::kCluster ? plan.splits : 1, parts = plan.warps * blocks;
+  rows = tile.heads ? tile.heads : std::min<int64_t>(rows, 8);
+  const int64_t units = ceil_div(rows * tile.size / 4, blocks);
+  return parts * ((units | 1) * 16 + (rows | 1) * 8);
+}
+
+// Its share of the counters included.
+int64_t decode_split_bytes(const DecodePlan& plan) {
+  const DecodeRow& tile = decode_row(plan.tile);
+  const int64_t rows = tile.heads ? tile.heads : 8;
+  return (rows * tile.size / 4 + (rows + 1) / 2) * 16 + 8;
+}
+
+std::optional<DecodePlan> decode_plan(const AttentionProblem& p, const DecodeHints& h, int64_t sms) {
+  if (!decode_takes(p)) return std::nullopt;
+  constexpr const DecodeRule& kRule = kDecodeRule;
+  const int64_t rows = p.q_heads / p.k_heads * p.q_len, sequences = p.batch * p.k_heads;
+  const int64_t keys = p.window_left >= 0 ? std::min(h.most_keys, p.window_left + p.q_len) : h.most_keys;
+  // Of batch-invariant results, only the number of blocks may follow from more than the sequence and its room.
+  const int64_t all_keys = h.batch_invariant ? 0 : sequences * keys, batch = h.batch_invariant ? 0 : p.batch;
+  DecodePlan plan{-1};
+  const auto choose = [&](Merge merge) {
+    for (const DecodeRow& row : kDecodeRows) {
+      const bool fits = row.whole ? p.head_size == row.size : p.head_size < row.size;
+      if (!fits || !(row.keys & (p.kv_dtype == DType::kE4M3 ? 2 : 1)) || !(row.merges >> static_cast<int>(merge) & 1) ||
+          (row.heads && (rows > 1 || p.k_heads % row.heads)) || all_keys < row.least_keys ||
+          batch * decode_groups(row, p.k_heads, rows) < row.least_blocks_per_sm * sms)
+        continue;
+      plan.tile = static_cast<int>(&row - kDecodeRows);
+      plan.merge = merge;
+      return true;
+    }
+    return false;
+  };
+  const auto tile = [&]() -> const DecodeRow& { return decode_row(plan.tile); };
+  const auto blocks = [&] { return p.batch * decode_groups(tile(), p.k_heads, rows); };
+  const auto steps = [&] { return ceil_div(keys, tile().tokens()); };
+  // Warps of a block, a power of two or 12: `wanted` of them, rounded down, and none without keys.
+  const auto warps = [&](int64_t wanted, int64_t most) {
+    wanted = std::min(wanted, std::max<int64_t>(most, 2));
+    return wanted >= 16 ? 16 : wanted >= 12 ? 12 : wanted >= 8 ? 8 : wanted >= 4 ? 4 : 2;
+  };
+  if (h.batch_invariant) {
+    if (!choose(Merge::kGrid)) return std::nullopt;
+    const int64_t fit = kAttentionWorkspaceBytes / (decode_groups(tile(), p.k_heads, rows) * decode_split_bytes(plan));
+    const int64_t splits = std::clamp<int64_t>(fit, 1, kRule.invariant_splits);
+    plan.share = static_cast<int>(std::max<int64_t>(kRule.invariant_share, ceil_div(p.k_len, splits)));
+    plan.splits = static_cast<int>(ceil_div(p.k_len, plan.share));
+    return plan;
+  }
+  if (h.num_splits > 1) {
+    if (!choose(Merge::kGrid)) return std::nullopt;
+    plan.splits = static_cast<int>(std::min<int64_t>(h.num_splits, kMostSplits));
+    plan.warps =
+        warps(std::min<int64_t>(kRule.warps_per_sm * sms / (blocks() * plan.splits), 8), steps() / plan.splits);
+    return plan;
+  }
+  // Two heads in a block share the work on a fragment, which pays where memory alone binds, and in e4m3 sooner.
+  if (!choose(Merge::kBlock)) return std::nullopt;
+  const bool whole = sequences * 10 >= 9 * sms;  // blocks enough without splits
+  if (h.num_splits == 1 || (whole && (keys <= kRule.block_keys || blocks() > kRule.block_blocks_per_sm * sms))) {
+    const int64_t wanted = std::max<int64_t>(kRule.warps_per_sm * sms / blocks(), keys > 1024 ? 8 : 2);
+    plan.warps = warps(std::min<int64_t>(wanted, tile().heads ? 16 : 12), ceil_div(steps(), 2));
+    if (tile().warps) plan.warps = tile().warps;
+    return plan;
+  }
+  if (keys <= kRule.cluster_keys) {
+    if (!choose(Merge::kCluster)) return std::nullopt;
+    plan.splits = blocks() <= kRule.large_cluster_blocks ? 16 : 8;
+    while (plan.splits > 2 && (plan.splits * blocks() > kRule.cluster_blocks_per_sm * sms || plan.splits > steps()))
+      plan.splits /= 2;
+    // A step for each warp, or two where that would make more warps than start at once.
+    const int64_t each = ceil_div(steps(), plan.splits),
+                  needed = each > 3 && plan.splits * blocks() > sms ? each / 2 : each;
+    plan.warps = needed > 4 ? 8 : needed > 2 ? 4 : 2;
+    return plan;
+  }
+  if (p.batch * p.k_len >= int64_t{1} << 31) return plan;  // the sum of the lengths, too, fits 32 bits
+  if (!choose(Merge::kGrid)) return std::nullopt;
+  plan.warps = static_cast<int>(tile().heads == 1 ? kRule.grid_warps_one_head : kRule.grid_warps);
+  const int64_t slots = tile().heads ? kRule.warps_per_sm / plan.warps * sms : sms;
+  if (p.batch == 1)
+    plan.splits =
+        static_cast<int>(std::clamp<int64_t>(slots / blocks(), 1, std::min<int64_t>(kMostSplits, steps() / 4)));
+  else
+    plan.slots = static_cast<int>(slots);
+  return plan;
+}
+
+AttentionPlan attention_plan(const AttentionProblem& p, const DecodeHints& h, int64_t sms) {
+  if (const auto decode = decode_plan(p, h, sms)) return {decode, {}};
+  return {{}, prefill_plan(p, sms)};
+}
+
+}  // namespace kestrel

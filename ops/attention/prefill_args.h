@@ -1,0 +1,28 @@
+// What the prefill kernel is told.
+#pragma once
+
+#include <cuda.h>
+
+#include "kestrel/hopper/divide.cuh"
+#include "ops/attention/prefill_tile.h"
+
+namespace kestrel::cuda {
+
+struct PrefillArgs {
+  // Boxes of 64 rows and 64 columns; with a partial last panel, others of its width.
+  CUtensorMap q, k, v, q_last, k_last, v_last;
+  AttentionProblem problem;
+  uint32_t blocks;     // of the grid
+  uint32_t tiles;      // blocks' worth of work, some of them perhaps empty
+  uint32_t row_tiles;  // of one head: of one sequence, or of all packed ones together
+  uint32_t heads;      // of all sequences
+  uint32_t section;    // of them, worked on side by side, so that L2 holds their keys
+  Divider<uint32_t> by_section_tiles, by_section, by_q_heads, by_group, by_page_size;
+  int groups;    // warpgroups with queries in this launch
+  bool paired;   // a block's groups take long and short rows of one sequence, for launches of one wave
+  bool turns;    // groups issue their products in turn
+  bool fixed;    // no length comes from device memory
+  bool unclean;  // rows past a sequence's keys may hold NaN
+};
+
+}  // namespace kestrel::cuda
