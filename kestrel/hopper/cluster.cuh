@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "kestrel/hopper/delay.cuh"
+
 namespace kestrel {
 
 // %cluster_ctarank, %clusterid.x
@@ -25,11 +27,13 @@ __device__ __forceinline__ uint32_t cluster_index() {
 // barrier.cluster.arrive.relaxed, .wait: between them, all blocks have begun.
 __device__ __forceinline__ void cluster_begun_arrive() {
 #if __CUDA_ARCH__ >= 900
+  come_late();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void cluster_begun_wait() {
 #if __CUDA_ARCH__ >= 900
+  come_late();
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
@@ -37,6 +41,7 @@ __device__ __forceinline__ void cluster_begun_wait() {
 // barrier.cluster.arrive.release, .wait.acquire: what the blocks stored before is seen by all after.
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
+  come_late();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }

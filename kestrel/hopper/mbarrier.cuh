@@ -5,18 +5,12 @@
 
 #include <cstdint>
 
+#include "kestrel/hopper/delay.cuh"
+
 namespace kestrel {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// With KESTREL_DELAYS, a test option, warps come late to barriers at random: an order that merely happened breaks.
-__device__ __forceinline__ void come_late() {
-#ifdef KESTREL_DELAYS
-  const uint32_t dice = (static_cast<uint32_t>(clock()) + blockIdx.x * 977 + threadIdx.x / 32 * 131) * 2654435761u;
-  if (dice >> 29 == 0) __nanosleep(dice >> 17 & 0xfff);
-#endif
 }
 
 // mbarrier.init
@@ -65,11 +59,13 @@ __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) 
 
 // bar.sync over the first `threads` threads that come to it: whole warps, id 1 to 15 (__syncthreads is 0).
 __device__ __forceinline__ void sync_threads(int id, uint32_t threads) {
+  come_late();
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // bar.arrive: counts as one of those that sync_threads(id, threads) waits for, without waiting.
 __device__ __forceinline__ void arrive_threads(int id, uint32_t threads) {
+  come_late();
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 

@@ -6,11 +6,14 @@
 
 #include <cstdint>
 
+#include "kestrel/hopper/delay.cuh"
+
 namespace kestrel {
 
 // griddepcontrol.wait: returns when the preceding grid has completed and its writes are visible.
 __device__ __forceinline__ void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
+  come_late();
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
@@ -37,6 +40,7 @@ __device__ __forceinline__ void compute_now(T*& pointer) {
 // griddepcontrol.launch_dependents: the following grid may be placed. It publishes nothing.
 __device__ __forceinline__ void release_successor() {
 #if __CUDA_ARCH__ >= 900
+  come_late();
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }

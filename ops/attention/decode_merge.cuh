@@ -267,6 +267,7 @@ __device__ __forceinline__ uint64_t exchange_if(uint64_t* counter, uint64_t expe
 __device__ inline bool arrives_last(uint64_t* counter, uint32_t count) {
   constexpr uint64_t kCounts = uint64_t{0x7fc5a3d1} << 32;
   const auto counts = [](uint64_t value) { return value >> 32 == kCounts >> 32; };
+  come_late();
   uint64_t old = add_one(counter);
   if (!counts(old)) {
     uint64_t expected = old + 1;
