@@ -93,7 +93,7 @@ def cuda_only(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"num_splits": 7}, {"fresh_tokens": 1}, {"batch_invariant": True}])
-@pytest.mark.parametrize(("batch", "room"), [(1, 8192), (1, 1024), (6, 6000)])
+@pytest.mark.parametrize(("batch", "room"), [(1, 8192), (1, 1024), (6, 6000), (40, 300)])
 def test_replays(backend: Backend, batch: int, room: int, options: dict[str, Any]) -> None:
     """A captured graph serves other lengths, and gives the same bits every time."""
     cuda_only(backend)
@@ -105,7 +105,11 @@ def test_replays(backend: Backend, batch: int, room: int, options: dict[str, Any
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         out, lse = cache.attend(**options)
-    for lengths in ([room] * batch, list(range(1, batch + 1)), [0, room // 2, room, 33, 1, 900][:batch]):
+    for lengths in (
+        [room] * batch,
+        list(range(1, batch + 1)),
+        ([0, room // 2, room, 33, 1, min(900, room)] * 7)[:batch],
+    ):
         cache.used.copy_(torch.tensor(lengths))
         graph.replay()
         want, want_lse = cache.attend(**options)
@@ -116,9 +120,11 @@ def test_replays(backend: Backend, batch: int, room: int, options: dict[str, Any
             scores = torch.einsum("hd,thd->ht", q[i, 0], k) / 8
             true = torch.einsum("ht,thd->hd", scores.softmax(1), v)
             assert (out[i, 0] - true).abs().max() <= 0.01 * max(1.0, float(true.abs().max()))
-    for _ in range(1000 // 3):
+    differ = torch.zeros((), dtype=torch.bool, device="cuda")
+    for _ in range(1000):
         graph.replay()
-        assert torch.equal(out, want) and torch.equal(lse, want_lse)
+        differ |= (out != want).any() | (lse != want_lse).any()
+    assert not differ
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (9, 3)])

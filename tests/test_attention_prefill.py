@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,8 @@ def on_cuda(request: pytest.FixtureRequest) -> None:
 def test_tile_edges(backend: Backend, source: str, options: dict[str, Any]) -> None:
     for n in SIZES:
         Case([(n, n)], (2, 1), options=options, **SOURCES[source]).check(backend, KERNEL)
-    Case([(70, 200), (70, 1), (70, 0), (70, 64)], options=options, **SOURCES[source]).check(backend, KERNEL)
+    keys = [0, 1, TILE - 1, TILE, TILE + 1, 2 * TILE - 1, 2 * TILE, 2 * TILE + 1, 200]
+    Case([(70, n) for n in keys], options=options, **SOURCES[source]).check(backend, KERNEL)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -90,6 +92,8 @@ def test_combinations(data: st.DataObject, backend: Backend) -> None:
         options["learnable_sink"] = random((k_heads * group,)).astype(np.float32)
     if draw(st.booleans()):
         options["softmax_scale"] = draw(st.sampled_from([-0.1, 0.0, 0.05, 0.3]))
+    if draw(st.booleans()):
+        options |= {"k_scale": 0.25, "v_scale": 1.5}
     Case(
         lengths, (k_heads * group, k_heads), draw(st.sampled_from([64, 64, 72, 128])), draw(st.sampled_from(HALVES)),
         spare=draw(st.integers(0, 70)), options=options, seed=draw(st.integers(0, 99)), **source,
@@ -133,6 +137,84 @@ def test_a_row_does_not_depend_on_the_batch(backend: Backend) -> None:
     for _ in range(5):
         again = many.run(backend)
         assert all(np.array_equal(x[0], y[0]) for x, y in zip(first, again, strict=True))
+
+
+# What the loader takes keys from, in tiles of one wave, of several, and of blocks that go from one to the next.
+REPLAYED: dict[str, tuple[dict[str, Any], int, tuple[int, int], int]] = {
+    "one_wave": ({"causal": True}, 1, (8, 4), 64),
+    "waves": ({"causal": True}, 3, (32, 8), 64),
+    "persistent": ({}, 4, (32, 32), 72),
+    "wide": ({"prefix_len": 300, "window_size": (500, None)}, 2, (16, 2), 128),
+}
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("problem", REPLAYED)
+def test_replays(backend: Backend, problem: str, paged: bool, kv_dtype: str) -> None:
+    """A captured graph serves other lengths, and a thousand replays give the same bits."""
+    if backend.framework != "torch":
+        pytest.skip("graphs are torch's here")
+    import torch
+
+    options, batch, heads, width = REPLAYED[problem]
+    tokens, room = 500, 640
+    q = backend.array(random((batch, tokens, heads[0], width)), "bfloat16")
+    shape = (batch * room, 1, heads[1], width) if paged else (batch, room, heads[1], width)
+    k, v = (backend.array(random(shape, i), kv_dtype) for i in (1, 2))
+    table = torch.randperm(batch * room, device="cuda").int().view(batch, room) if paged else None
+    used = torch.full((batch,), room, dtype=torch.int32, device="cuda")
+
+    def attend_once() -> Any:
+        return cute.flash_attn_with_kvcache(q, k, v, page_table=table, seqused_k=used, return_lse=True, **options)
+
+    attend_once()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = attend_once()
+    assert cute.last_kernel() == KERNEL
+    for lengths in ([room] * 4, [500, 0, 1, 65], [TILE, 333, room, 501]):
+        used.copy_(torch.tensor(lengths[:batch]))
+        graph.replay()
+        want, want_lse = attend_once()
+        assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    differ = torch.zeros((), dtype=torch.bool, device="cuda")
+    for _ in range(1000):
+        graph.replay()
+        differ |= (out != want).any() | (lse != want_lse).any()
+    assert not differ
+
+
+def test_replays_of_packed_sequences(backend: Backend) -> None:
+    """With other boundaries than at capture, sequences of no token among them."""
+    if backend.framework != "torch":
+        pytest.skip("graphs are torch's here")
+    import torch
+
+    q, k, v = (backend.array(random((700, 8, 64), i), "bfloat16") for i in range(3))
+    starts = torch.tensor([0, 700, 700, 700, 700], dtype=torch.int32, device="cuda")
+
+    def attend_once() -> Any:
+        return cute.flash_attn_varlen_func(q, k, v, starts, starts, 700, 700, causal=True, return_lse=True)
+
+    attend_once()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = attend_once()
+    assert cute.last_kernel() == KERNEL
+    for ends in ([0, 100, 163, 164, 700], [0, 0, 63, 640, 700], [0, 65, 65, 350, 700]):
+        starts.copy_(torch.tensor(ends))
+        graph.replay()
+        want, want_lse = attend_once()
+        assert torch.equal(out, want) and torch.equal(lse, want_lse)
+        for first, last in itertools.pairwise(ends):
+            true, _ = attend(*(backend.numpy(x[first:last]) for x in (q, k, v)), causal=True)
+            assert_close(backend.numpy(out[first:last]), true, "bfloat16", slack=2.0**-6)
+    differ = torch.zeros((), dtype=torch.bool, device="cuda")
+    for _ in range(1000):
+        graph.replay()
+        differ |= (out != want).any() | (lse != want_lse).any()
+    assert not differ
 
 
 def test_lengths_out_of_range(backend: Backend) -> None:

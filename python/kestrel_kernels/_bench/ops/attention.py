@@ -71,7 +71,14 @@ class AttentionPrefill(AttentionEntry):
     function = "flash_attn.cute.flash_attn_func"
     arguments = "q k v causal= out="
     products = "bf16"
-    small = ("causal h2 d64 s5", "full h1 d72 b2 s33", "causal h1 d8 s1", "prefix7 h2 d64 s17 paged1 fp8")
+    small = (
+        "causal h2 d64 s5",
+        "full h1 d72 b2 s33",
+        "causal h1 d8 s1",
+        "causal h1 d256 s130",
+        "prefix7 h2 d64 s17 paged1 fp8",
+        "prefix70 h1 d128 s90 paged1 bf16",
+    )
 
     mask: str
     prefix: int | None
@@ -170,6 +177,7 @@ class AttentionDecode(AttentionEntry):
         "b1 kv37 h2 d72 fp8 page16",
         "b3 kv1 h2 d64 bf16 page1",
         "b2 kv33 h4 d128 bf16 page1 fresh1",
+        "b2 kv2100 h1 d64 bf16 page1",
     )
 
     batch: int
