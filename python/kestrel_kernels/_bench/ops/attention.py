@@ -155,11 +155,14 @@ class AttentionPrefill(AttentionEntry):
             return {}
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        def cudnn(s: Set) -> Any:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return self.eager(s)
+        def by(backend: SDPBackend) -> Peer:
+            def peer(s: Set) -> Any:
+                with sdpa_kernel(backend):
+                    return self.eager(s)
 
-        return {"cudnn": cudnn}
+            return peer
+
+        return {"flash": by(SDPBackend.FLASH_ATTENTION), "cudnn": by(SDPBackend.CUDNN_ATTENTION)}
 
 
 class AttentionDecode(AttentionEntry):
