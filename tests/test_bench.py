@@ -284,8 +284,8 @@ def test_readme_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert tool.main([*command, "--check"]) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
-    assert "| gelu_residual | 1x1024 | **0.80** | 0.70 | 0.50 | 62% | 1.50 torch |" in text
-    assert "| gelu_residual | 64x1024 | 2.00 | 0.70 | 0.50 | 25% | **1.50** torch |" in text  # a loss is shown
+    assert "| gelu_residual | 1x1024 | **0.80** | 0.70 | 0.50 | 62% | 1.50 torch; 0.96 recorded |" in text
+    assert "| gelu_residual | 64x1024 | 2.00 | 0.70 | 0.50 | 25% | 1.50 torch; **1.09** recorded |" in text  # a loss
     assert "| moe_up | 1 fp8 E64 H2048 I1024 k8 | 12.0 | 0.70 | 0.50 | 4% | **11.7** recorded |" in text
     assert "layernorm 3.40 (torch: 9.00)" in text
     assert (

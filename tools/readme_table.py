@@ -36,8 +36,8 @@ def table(results: dict[str, Any], recorded: dict[tuple[str, str], float]) -> st
     any_bare = any(row.get("bare") for row in rows)
     lines = [
         f"{results['gpu']}, microseconds per call: cold (no input in a cache; of linear no weights), warm, the floor "
-        "that memory and matrix units set, and the fastest other implementation in the same run (recorded: in an "
-        "earlier one)"
+        "that memory and matrix units set, and the fastest other implementation in the same run, and what was recorded "
+        "of one elsewhere where that is less"
         + ("; bare product: the matrix products alone, without what the op does besides." if any_bare else "."),
         "",
         "| op | case | cold | warm | floor | of floor | best peer |",
@@ -47,15 +47,16 @@ def table(results: dict[str, Any], recorded: dict[tuple[str, str], float]) -> st
         bare = row.get("bare", ())
         rivals = {name: us for name, us in row["peers"].items() if name not in bare}
         place = row["op"], row["case"]
-        if not rivals and place in recorded:
-            rivals = {"recorded": recorded[place]}
-        peer = min(rivals.items(), key=lambda item: item[1], default=None)
-        lost = peer is not None and peer[1] < row["us"]
-        ours = figure(row["us"]) if lost else f"**{figure(row['us'])}**"
-        other = "" if peer is None else f"**{figure(peer[1])}** {peer[0]}" if lost else f"{figure(peer[1])} {peer[0]}"
-        other = "; ".join(
-            filter(None, [other, *(f"bare product {figure(row['peers'][name])} {name}" for name in bare)])
-        )
+        shown = [min(rivals.items(), key=lambda item: item[1])] if rivals else []
+        if place in recorded and recorded[place] < min(rivals.values(), default=float("inf")):
+            shown.append(("recorded", recorded[place]))
+        fastest = min([row["us"], *(us for _, us in shown)])
+        bold = {
+            us: f"**{figure(us)}**" if us == fastest else figure(us) for us in (row["us"], *(us for _, us in shown))
+        }
+        ours = bold[row["us"]]
+        others = [f"{bold[us]} {name}" for name, us in shown]
+        other = "; ".join([*others, *(f"bare product {figure(row['peers'][name])} {name}" for name in bare)])
         share = f"{100 * row['floor_us'] / row['us']:.0f}%"
         cells = (row["op"], row["case"], ours, figure(row["warm_us"]), figure(row["floor_us"]), share, other)
         lines.append("| " + " | ".join(cells) + " |")
