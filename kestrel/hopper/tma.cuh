@@ -62,6 +62,9 @@ __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int c0, int
                : "memory");
 }
 
+// prefetch.global.L2: one line. Unlike a load it keeps no load of another block on the SM waiting.
+__device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // cp.async.cg, 16 bytes: of those `valid` (0 or 16) are read and the others come as zero.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint32_t valid = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");

@@ -73,6 +73,7 @@ struct WeightLane {
 struct Weights {
   uint4 upper[2], lower[2];
 
+  Weights() = default;
   __device__ __forceinline__ Weights(uint32_t stage, const WeightLane& lane) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -144,10 +144,30 @@ std::optional<FewRowsPlan> plan_of(const LinearArgs& a) {
   return {};
 }
 
+// A block for each tile, all of them at once on the SMs; a thread for each of its outputs.
+std::optional<HeldWeightsPlan> plan_held(const LinearArgs& a) {
+  const bool gate = is_gate(a.activation);
+  const auto rows = static_cast<int>(a.out_rows.count), slabs = static_cast<int>(a.depth / kSlabColumns);
+  HeldWeightsPlan plan{};
+  plan.groups = rows <= 8 ? 1 : 2;
+  plan.steps = slabs <= kHeldWarps ? 1 : 2;
+  plan.warps = slabs / plan.steps;
+  plan.blocks = ceil_div(a.columns, gate ? 8 : kTileRows);
+  if (!layout_fits(a) || a.depth % kSlabColumns != 0 || slabs % plan.steps != 0 || plan.warps > kHeldWarps ||
+      plan.blocks > 2 * sm_count() || rows * (gate ? 8 : 16) > plan.warps * kWarp)
+    return {};
+  plan.shared_bytes = kHeldWarps * plan.groups * 8 * kPartialPitch * sizeof(float) + kTileRows * held_pitch(a.depth);
+  return plan;
+}
+
 }  // namespace
 
 bool few_rows(Stream stream, const LinearArgs& args) {
   if (compute_capability() < 90) return false;
+  if (const std::optional<HeldWeightsPlan> plan = plan_held(args)) {
+    dispatch<bf16, f16>(args.x.dtype, [&]<class T>() { launch_held_weights<T>(stream, args, *plan); });
+    return true;
+  }
   const std::optional<FewRowsPlan> plan = plan_of(args);
   if (!plan) return false;
   dispatch<bf16, f16>(args.x.dtype, [&]<class T>() { launch_few_rows<T>(stream, args, *plan); });

@@ -51,6 +51,18 @@ struct FewRowsPlan {
   uint32_t barriers_at, x_at, x_pitch, partial_at, bias_at, residual_at, shared_bytes;
 };
 
+// Of few weights: held_weights.cuh.
+inline constexpr int kHeldWarps = 12, kHeldSteps = 2;  // slabs of a warp
+struct HeldWeightsPlan {
+  int groups, steps, warps;
+  int64_t blocks;
+  uint32_t shared_bytes;
+};
+// Of a row of weights in shared memory: neighbours' 64 bytes are in other banks.
+constexpr uint32_t held_pitch(uint32_t depth) { return depth * 2 + 64; }
+
+template <class T>
+void launch_held_weights(Stream stream, const LinearArgs& args, const HeldWeightsPlan& plan);
 template <class T>
 void launch_few_rows(Stream stream, const LinearArgs& args, const FewRowsPlan& plan);
 
