@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "ops/linear/linear_args.h"
 
@@ -51,15 +52,17 @@ struct FewRowsPlan {
   uint32_t barriers_at, x_at, x_pitch, partial_at, bias_at, residual_at, shared_bytes;
 };
 
-// Of few weights: held_weights.cuh.
-inline constexpr int kHeldWarps = 12, kHeldSteps = 2;  // slabs of a warp
+// Of few weights: held_weights.cuh, compiled for each of these depths. A warp holds one or two slabs.
+using HeldDepths = std::integer_sequence<int, 512, 576, 768, 1024, 1152, 1536>;
+constexpr int held_steps(int depth) { return depth <= 768 ? 1 : 2; }
+constexpr int held_warps(int depth) { return depth / 64 / held_steps(depth); }
+// Of a row of weights in shared memory: neighbours' 64 bytes are in other banks.
+constexpr uint32_t held_pitch(uint32_t depth) { return depth * 2 + 64; }
 struct HeldWeightsPlan {
-  int groups, steps, warps;
+  int groups;  // of 8 rows
   int64_t blocks;
   uint32_t shared_bytes;
 };
-// Of a row of weights in shared memory: neighbours' 64 bytes are in other banks.
-constexpr uint32_t held_pitch(uint32_t depth) { return depth * 2 + 64; }
 
 template <class T>
 void launch_held_weights(Stream stream, const LinearArgs& args, const HeldWeightsPlan& plan);

@@ -6,6 +6,8 @@
 // not 0.9).
 #pragma once
 
+#include <utility>
+
 #include "kestrel/hopper/pdl.cuh"
 #include "kestrel/hopper/weight_stream.cuh"
 #include "kestrel/launch.h"
@@ -19,38 +21,34 @@ struct HeldWeightsArgs {
   T* out;
   const T *x, *w, *bias, *residual;
   int64_t out_stride, x_stride, w_stride, residual_stride;
-  uint32_t rows, columns, depth;  // columns of out
+  uint32_t rows, columns;  // columns of out
   LinearActivation kind;
 };
 
-template <class T, int kGroups, int kSteps, bool kPlain>
-__global__ void __launch_bounds__(kHeldWarps* kWarp, kGroups* kSteps == 1    ? 3
-                                                     : kGroups * kSteps == 2 ? 2
-                                                                             : 1)
+template <class T, int kDepth, int kGroups, bool kPlain>
+__global__ void __launch_bounds__(held_warps(kDepth) * kWarp, kGroups* held_steps(kDepth) <= 2 ? 2 : 1)
     held_weights_kernel(const __grid_constant__ HeldWeightsArgs<T> args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   release_successor();
-  constexpr uint32_t kPartialSize = kGroups * 8 * kPartialPitch;
-  __shared__ uint64_t barrier_memory;
-  extern __shared__ __align__(128) float partial[];  // of kHeldWarps warps; then the weights
-  const uint32_t barrier = shared_address(&barrier_memory);
-  const uint32_t memory = shared_address(partial + kHeldWarps * kPartialSize);
-  const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  constexpr int kSteps = held_steps(kDepth), kWarps = held_warps(kDepth);
+  constexpr uint32_t kPartialSize = kGroups * 8 * kPartialPitch, kRowBytes = kDepth * sizeof(T);
+  constexpr uint32_t kPitch = held_pitch(kDepth);
+  const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  extern __shared__ __align__(128) float partial[];  // then the weights, then the barrier
+  const uint32_t memory = shared_address(partial + kWarps * kPartialSize), barrier = memory + kTileRows * kPitch;
   const bool gate = !kPlain && is_gate(args.kind);
   const uint32_t bits = gate ? 3 : 4, width = 1 << bits, first = blockIdx.x << bits;
-  const uint32_t row_bytes = args.depth * sizeof(T), pitch = held_pitch(args.depth);
 
-  if (threadIdx.x == 0) {
-    init_barrier(barrier, 1);
-    fence_init_barrier();
-    arrive_expecting(barrier, (min(width, args.columns - first) << (4 - bits)) * row_bytes);
-  }
-  for (uint32_t i = warps * kPartialSize + threadIdx.x; i < kHeldWarps * kPartialSize; i += blockDim.x) partial[i] = 0;
-  __syncthreads();
-  for (uint32_t i = warp; i < kTileRows; i += warps) {
-    const uint32_t half = i >> bits, output = first + i % width;
-    if (output < args.columns && elected())
-      copy_bulk(memory + i * pitch, args.w + (int64_t{half} * args.columns + output) * args.w_stride, row_bytes,
+  if (warp == 0) {
+    if (lane == 0) {
+      init_barrier(barrier, 1);
+      fence_init_barrier();
+      arrive_expecting(barrier, (min(width, args.columns - first) << (4 - bits)) * kRowBytes);
+    }
+    __syncwarp();
+    const uint32_t half = lane >> bits, output = first + lane % width;
+    if (lane < kTileRows && output < args.columns)
+      copy_bulk(memory + lane * kPitch, args.w + (int64_t{half} * args.columns + output) * args.w_stride, kRowBytes,
                 barrier);
   }
 
@@ -77,9 +75,10 @@ __global__ void __launch_bounds__(kHeldWarps* kWarp, kGroups* kSteps == 1    ? 3
   }
 
   // Chunks q and q + 4 of a slab, of x too: the four threads of a row read 64 adjacent bytes.
-  const uint32_t at = g * pitch + warp * kSteps * kSlabPitch + q * 16;
-  const WeightLane weight_lane{{at, at + 64}, 8 * pitch};
+  const uint32_t at = g * kPitch + warp * kSteps * kSlabPitch + q * 16;
+  const WeightLane weight_lane{{at, at + 64}, 8 * kPitch};
   Weights weights[kSteps];
+  __syncthreads();
   wait_barrier(barrier, 0);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) weights[step] = Weights(memory + step * kSlabPitch, weight_lane);
@@ -118,9 +117,9 @@ __global__ void __launch_bounds__(kHeldWarps* kWarp, kGroups* kSteps == 1    ? 3
   if (!finishes) return;
 
   const float* const of_warps = partial + row * kPartialPitch + output;
-  float a = sum_partial<kHeldWarps>(of_warps, kHeldWarps, kPartialSize) + to_float(biases[0]), b = 0;
+  float a = sum_partial<kWarps>(of_warps, kWarps, kPartialSize) + to_float(biases[0]), b = 0;
   if constexpr (!kPlain) {
-    if (gate) b = sum_partial<kHeldWarps>(of_warps + 8, kHeldWarps, kPartialSize) + to_float(biases[1]);
+    if (gate) b = sum_partial<kWarps>(of_warps + 8, kWarps, kPartialSize) + to_float(biases[1]);
     dispatch_kind(args.kind, [&]<LinearActivation kKind>() { a = activate<T, kKind>(a, b); });
   }
   *out = from_float<T>(a + to_float(added));
@@ -140,19 +139,21 @@ void launch_held_weights(Stream stream, const LinearArgs& a, const HeldWeightsPl
                                 a.residual_rows.inner_stride,
                                 static_cast<uint32_t>(a.out_rows.count),
                                 static_cast<uint32_t>(a.columns),
-                                static_cast<uint32_t>(a.depth),
                                 a.activation};
-  const LaunchShape shape{plan.blocks, plan.warps * kWarp, 1, plan.shared_bytes};
-  const auto run = [&]<int kGroups, int kSteps>() {
+  const auto run = [&]<int kDepth, int kGroups>() {
+    const LaunchShape shape{plan.blocks, held_warps(kDepth) * kWarp, 1, plan.shared_bytes};
     if (a.activation == LinearActivation::kNone)
-      launch<held_weights_kernel<T, kGroups, kSteps, true>>(stream, shape, args);
+      launch<held_weights_kernel<T, kDepth, kGroups, true>>(stream, shape, args);
     else
-      launch<held_weights_kernel<T, kGroups, kSteps, false>>(stream, shape, args);
+      launch<held_weights_kernel<T, kDepth, kGroups, false>>(stream, shape, args);
   };
-  if (plan.groups == 1)
-    plan.steps == 1 ? run.template operator()<1, 1>() : run.template operator()<1, 2>();
-  else
-    plan.steps == 1 ? run.template operator()<2, 1>() : run.template operator()<2, 2>();
+  [&]<int... kDepths>(std::integer_sequence<int, kDepths...>) {
+    ((a.depth == kDepths
+          ? plan.groups == 1 ? run.template operator()<kDepths, 1>() : run.template operator()<kDepths, 2>()
+          : void()),
+     ...);
+  }
+  (HeldDepths{});
 }
 
 }  // namespace kestrel::cuda
