@@ -347,9 +347,10 @@ def from_ways(backend: Backend, dtype: str, m: int, n: int, k: int) -> None:
 FEW_ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65)
 
 
-# Depths of one granule and of several, whole and with a rest; tiles of 16 outputs, whole and with a rest.
+# Depths of one granule and of several, whole and with a rest, and all that have a kernel of their own; tiles of 16
+# outputs, whole and with a rest.
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("k", [64, 72, 576, 1152, 1536, 2048, 2112, 4304])
+@pytest.mark.parametrize("k", [64, 72, 512, 576, 768, 1024, 1152, 1536, 2048, 2112, 4304])
 def test_few_rows(backend: Backend, dtype: str, k: int) -> None:
     x, w, b, residual = (backend.array(a, dtype) for a in layer(FEW_ROWS[-1], 17, k))
     for activation in (None, "gelu"):
