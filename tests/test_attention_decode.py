@@ -25,7 +25,8 @@ def test_combinations(data: st.DataObject, backend: Backend) -> None:
     draw = data.draw
     len_q = draw(st.sampled_from([1, 1, 1, 2, 4, 7, 16]))
     lengths = [(len_q, draw(st.sampled_from(LENGTHS))) for _ in range(draw(st.integers(1, 4)))]
-    k_heads, group = draw(st.sampled_from([1, 2, 3, 4, 8])), draw(st.sampled_from([1, 1, 2, 3, 4, 8, 9]))
+    group = draw(st.sampled_from([1, 1, 2, 3, 4, 8, 9, 64]))
+    k_heads = draw(st.sampled_from([1, 2, 3, 4, 8] if group < 64 else [1]))
     options: dict[str, Any] = {"causal": draw(st.booleans())}
     if draw(st.integers(0, 3)) == 0:
         options["prefix_len"] = draw(

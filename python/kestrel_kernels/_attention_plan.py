@@ -76,19 +76,19 @@ def lines(plan: Plan) -> dict[str, str]:
         rows["launch"] = f"{plan['blocks']} blocks of {plan['threads']} threads"
         if plan["cluster"] > 1:
             rows["launch"] += f" in clusters of {plan['cluster']}"
-        rows["splits"] = f"{plan['splits']} of a sequence's keys"
+        rows["splits"] = f"{plan['splits']} of each sequence"
         if plan["on_device"]:
-            rows["splits"] += ", planned on the device: were lengths different there, it would be another number"
+            rows["splits"] += ", all being as long; planned on the device from the lengths there"
     elif "keys" in plan:
         rows["tile"] = f"heads of {plan['head_size']}, {plan['groups']} x 64 queries, {plan['stages']} x 64 keys"
         rows["tile"] += f", {_KEYS[plan['keys']]}"
         rows["launch"] = f"{plan['blocks']} blocks of {plan['threads']} threads"
         how = ("paired", "long and short rows in a block"), ("turns", "products in turn"), ("persistent", "persistent")
         rows["launch"] += "".join(f", {words}" for name, words in how if plan[name])
-        rows["splits"] = "1 of a sequence's keys"
+        rows["splits"] = "1 of each sequence"
     else:
         rows["tile"] = "1 query of 1 head in a block"
-        rows["splits"] = "1 of a sequence's keys"
+        rows["splits"] = "1 of each sequence"
     rows["shared memory"] = f"{shared:,} bytes" if shared or made else _UNKNOWN
     registers = str(made["registers"]) if made else ""
     if "group_registers" in plan:
