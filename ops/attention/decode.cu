@@ -34,9 +34,10 @@ DecodeArgs decode_args(const AttentionProblem& p, const DecodeHints& h) {
   a.softcap = p.softcap, a.sink = p.sink, a.sink_dtype = p.sink_dtype;
   a.lse = p.lse, a.lse_stride = p.lse_stride;
   const auto feature = [&](bool is, uint32_t which) { a.features |= is ? which : 0; };
-  feature(p.causal, a.kCausal);
+  // The newest token sees all keys, but for those before a window.
+  feature(p.causal && p.q_len > 1, a.kCausal);
   feature(p.window_left >= 0 || p.window_right >= 0, a.kWindow);
-  feature(p.prefix_lens || p.prefix_len >= 0, a.kPrefix);
+  feature((p.prefix_lens || p.prefix_len >= 0) && p.q_len > 1, a.kPrefix);
   feature(p.softcap > 0.0f, a.kSoftcap);
   feature(p.sink, a.kSink);
   feature(p.lse, a.kLse);

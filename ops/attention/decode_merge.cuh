@@ -125,9 +125,10 @@ struct Rows {
   Rows() = default;
   __device__ __forceinline__ Rows(const DecodeArgs& a, int number) {
     if constexpr (Tile::kRows) {
-      a.by_row_tiles(number, &head, &first);
+      head = number, first = 0;
+      if constexpr (!Tile::kSimple) a.by_row_tiles(number, &head, &first);
       first *= Tile::kMostRows;
-      count = min(a.rows - static_cast<int>(first), Tile::kMostRows);
+      count = Tile::kSimple ? a.rows : min(a.rows - static_cast<int>(first), Tile::kMostRows);
     } else {
       head = number * Tile::kHeads;
       first = 0;
@@ -137,8 +138,9 @@ struct Rows {
   // Query and query head of a row; past the last, of the last.
   __device__ __forceinline__ void find(const DecodeArgs& a, uint32_t row, uint32_t* query, uint32_t* q_head) const {
     if constexpr (Tile::kRows) {
-      uint32_t member;
-      a.by_group(first + min(row, count - 1u), query, &member);
+      uint32_t member = min(row, count - 1u);
+      *query = 0;
+      if constexpr (!Tile::kSimple) a.by_group(first + member, query, &member);
       *q_head = head * a.group + member;
     } else {
       *query = 0;

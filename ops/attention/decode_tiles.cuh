@@ -25,6 +25,9 @@ void launch_decode(Stream stream, DecodeArgs& a, const DecodePlan& plan) {
   while (8 << a.part_log < parts) ++a.part_log;
   while (a.split_log < 3 && rows * Tile::kSize / 4 << (a.split_log + 1) <= shape.threads) ++a.split_log;
   shape.shared_bytes = decode_shared_bytes(plan, a.rows);
+  if constexpr (Tile::kWhole)
+    if (a.q_len == 1 && a.rows <= 8 && !(a.features & ~a.kScales))
+      return launch<decode_kernel<Simple<Tile>>>(stream, shape, a);
   launch<decode_kernel<Tile>>(stream, shape, a);
 }
 
