@@ -57,6 +57,21 @@ __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) 
   } while (!ended);
 }
 
+// mbarrier.test_wait.parity: whether that phase has ended.
+__device__ __forceinline__ bool test_barrier(uint32_t barrier, uint32_t parity) {
+  uint32_t ended;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(ended)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return ended != 0;
+}
+
 // bar.sync over the first `threads` threads that come to it: whole warps, id 1 to 15 (__syncthreads is 0).
 __device__ __forceinline__ void sync_threads(int id, uint32_t threads) {
   come_late();

@@ -65,9 +65,15 @@ __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int c0, int
 // prefetch.global.L2: one line. Unlike a load it keeps no load of another block on the SM waiting.
 __device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// cp.async.cg, 16 bytes: of those `valid` (0 or 16) are read and the others come as zero.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint32_t valid = 16) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
+// cp.async, 16 bytes (or 4 or 8, which go through L1): of those `valid` (all or 0) are read, the others come as zero.
+template <int kBytes = 16>
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint32_t valid = kBytes) {
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(from), "r"(valid), "n"(kBytes)
+                 : "memory");
+  }
 }
 
 // cp.async.mbarrier.arrive.noinc: one of the barrier's arrivals, once this thread's copy_async so far have landed.
@@ -77,6 +83,14 @@ __device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
 
 // cp.async.wait_all: this thread's copy_async have landed; a barrier shows them to others.
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// cp.async.commit_group, cp.async.wait_group: this thread's copy_async since the last commit are a group; until at most
+// kPending groups are under way.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait_copy_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 // st.global.v4 with a policy for L2
 __device__ __forceinline__ void store_global(void* to, uint4 v, uint64_t policy) {

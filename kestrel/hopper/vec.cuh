@@ -27,23 +27,6 @@ template <int kSize, class T>
 __device__ __forceinline__ Vec<T, kSize> load(const T* p) {
   return *reinterpret_cast<const Vec<T, kSize>*>(p);
 }
-// The same, or zeros and no access. One predicated load: behind a branch, ptxas would wait for each.
-template <class T>
-__device__ __forceinline__ Vec<T, 8 / sizeof(T)> load_if(bool wanted, const T* p) {
-  Vec<T, 8 / sizeof(T)> v;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %3, 0;\n"
-      "mov.b32 %0, 0;\n"
-      "mov.b32 %1, 0;\n"
-      "@p ld.global.v2.b32 {%0, %1}, [%2];\n"
-      "}\n"
-      : "=&r"(v.words[0]), "=&r"(v.words[1])
-      : "l"(p), "r"(static_cast<int>(wanted))
-      : "memory");
-  return v;
-}
 template <class T, int kSize>
 __device__ __forceinline__ void store(T* p, const Vec<T, kSize>& v) {
   *reinterpret_cast<Vec<T, kSize>*>(p) = v;

@@ -26,6 +26,10 @@ __device__ __forceinline__ uint64_t mn_major(uint32_t address, uint32_t panel) {
 }
 // A descriptor `bytes` further.
 __device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
+// With `units` added to its low half: 1 moves the tile by 16 bytes, 1 << 16 the next panel (of k_major: nothing).
+__device__ __forceinline__ uint64_t shift(uint64_t descriptor, uint32_t units) {
+  return (descriptor & uint64_t{0xffffffff} << 32) | (static_cast<uint32_t>(descriptor) + units);
+}
 
 // wgmma.fence: before the first wgmma, and where registers of d or a were written since.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -28,14 +28,15 @@ bool boxes_fit(const AttentionStrides& s) {
 PrefillShape prefill_shape(const AttentionProblem& p, int most_groups, int64_t sms) {
   const int64_t heads = (p.cu_seqlens_q ? 1 : p.batch) * p.q_heads;
   const bool causal = p.causal && p.prefix_len < 0 && !p.prefix_lens;
+  // A prefix of 730 of 740, 32 heads of 64: 13.4 us, 13.8 without turns; 13 x 729 keys of 16 x 72: 95 us, 87 without.
+  const bool turns = !causal && p.head_size <= kPrefillRule.turns_head;
   // One wave: as many blocks as there are SMs for. Each has long and short rows of a causal mask.
   for (int groups = 1; groups <= most_groups; ++groups)
-    if (heads * row_tiles_of(p, groups) <= sms) return {groups, true, groups > 1 && !causal, false};
-  // Tiles of one length: a block that goes from one to the next has its loads ahead (13 x 729 keys of 16 x 72: 89 us,
-  // 106 without). Of different lengths, each SM had better take the next when it is done with one.
+    if (heads * row_tiles_of(p, groups) <= sms) return {groups, true, groups > 1 && turns, false};
+  // Tiles of one length: a block that goes from one to the next has its loads ahead (13 x 729 keys of 16 x 72: 87 us,
+  // 98 without). Of different lengths, each SM had better take the next when it is done with one.
   const bool even = !p.causal && p.window_left < 0 && p.window_right < 0 && !p.cu_seqlens_q;
-  const bool small = p.head_size <= kPrefillRule.turns_head;  // at 128, neither this nor turns gains anything
-  return {most_groups, false, small, small && even};
+  return {most_groups, false, turns, even && p.head_size <= kPrefillRule.persistent_head};
 }
 
 // The cache is made of units of 16 bytes, and 32 bits reach its end in these.

@@ -14,9 +14,7 @@
 
 namespace kestrel::cuda {
 
-__device__ __forceinline__ bool unlikely(bool value) { return __builtin_expect(value, false); }
-
-// One group's accumulators and its places in the rings.
+// One group's accumulators and its place in the ring.
 template <class Tile>
 struct Group {
   static constexpr int kOut = Tile::kOutColumns / 2;
@@ -27,7 +25,7 @@ struct Group {
   const PrefillShared<Tile> shared;
   const int index, thread;  // group of the block, thread of the group
   const int next_turn;
-  uint32_t next = 0;   // tile of keys: its place in both rings
+  uint32_t next = 0;   // place in the ring
   uint32_t plans = 0;  // tiles of work done
 
   __device__ __forceinline__ int warp() const { return thread / 32; }
@@ -42,26 +40,17 @@ struct Group {
   __device__ __forceinline__ void pass_turn() const {
     if (a.turns) arrive_threads(next_turn, 2 * kGroupThreads);
   }
-  __device__ __forceinline__ void release(uint32_t barrier) const {
-    if (thread == 0) arrive(barrier);
-  }
   using Stage = Place<Tile::kStages>;
   __device__ __forceinline__ uint32_t slot() const { return plans % Tile::kQuerySlots; }
-  __device__ __forceinline__ void wait_keys(Stage at) const { wait_barrier(shared.keys_full(at.stage()), at.parity()); }
-  __device__ __forceinline__ void wait_values(Stage at) const {
-    wait_barrier(shared.values_full(at.stage()), at.parity());
+  __device__ __forceinline__ void wait(Stage at) const { wait_barrier(shared.full(at.stage()), at.parity()); }
+  __device__ __forceinline__ void release(Stage at) const {
+    if (thread % 32 == 0) arrive(shared.empty(at.stage()));  // each warp by itself: see score_again
   }
-  __device__ __forceinline__ void release_keys(Stage at) const {
-    if (thread % 32 == 0) arrive(shared.keys_empty(at.stage()));  // each warp by itself: see score_again
-  }
-  __device__ __forceinline__ void release_values(Stage at) const { release(shared.values_empty(at.stage())); }
-  // A tile that other groups of the block need.
+  // A stage that other groups of the block need.
   __device__ __forceinline__ void skip(bool in_turn) {
     const Stage at{next++};
-    wait_keys(at);
-    wait_values(at);
-    release_keys(at);
-    release_values(at);
+    wait(at);
+    release(at);
     if (in_turn) {
       wait_turn();
       pass_turn();
@@ -69,23 +58,25 @@ struct Group {
   }
 
   __device__ __forceinline__ void issue_scores(float (&s)[kScores], Stage at) const {
-    const uint64_t q = k_major(shared.query(slot(), index)), k = k_major(shared.keys(at.stage()));
+    const uint64_t q = k_major(shared.query(slot(), index));
+    const uint64_t k = shift(k_major(shared.keys(0)), at.stage() * (Tile::kTileBytes >> 4));
 #pragma unroll
     for (int step = 0; step < Tile::kSteps; ++step) {
-      const uint32_t bytes = step / 4 * kPanelBytes + step % 4 * 32;
-      wgmma<T, kTileRows>(s, advance(q, bytes), advance(k, bytes), step > 0);
+      const uint32_t units = step / 4 * (kPanelBytes >> 4) + step % 4 * 2;
+      wgmma<T, kTileRows>(s, shift(q, units), shift(k, units), step > 0);
     }
     wgmma_commit();
   }
   __device__ __forceinline__ void issue_values(float (&o)[kOut], const uint32_t (&p)[kTileRows / 16][4],
                                                Stage at) const {
-    const uint32_t values = shared.values(at.stage());
     // The panel of ones stays where it is while the values' descriptor moves on.
-    const uint64_t v = mn_major(values, Tile::kOnesPanel ? shared.ones() - values : kPanelBytes);
-    constexpr uint64_t kStep = 2048 >> 4, kBack = Tile::kOnesPanel ? kStep << 16 : 0;
+    constexpr uint32_t kMove = Tile::kOnesPanel ? 1u - (1u << 16) : 1u;
+    const uint32_t values = shared.values(0);
+    const uint64_t v = shift(mn_major(values, Tile::kOnesPanel ? shared.ones() - values : kPanelBytes),
+                             at.stage() * (Tile::kTileBytes >> 4) * kMove);
 #pragma unroll
     for (int step = 0; step < kTileRows / 16; ++step)
-      wgmma<T, Tile::kOutColumns, true>(o, p[step], v + step * (kStep - kBack), true);
+      wgmma<T, Tile::kOutColumns, true>(o, p[step], shift(v, step * (2048 >> 4) * kMove), true);
     wgmma_commit();
   }
 
@@ -145,7 +136,7 @@ struct Group {
 
   // Weights of 0 do not hide NaN: rows of values past the sequence's keys become zeros. Every group writes them all.
   __device__ __forceinline__ void clean_values(int first, Stage place) const {
-    wait_values(place);
+    wait(place);
     const uint32_t at = shared.values(place.stage());
     for (int i = first * 8 + thread; i < kTileRows * 8; i += kGroupThreads)
 #pragma unroll
@@ -156,9 +147,10 @@ struct Group {
     sync();
   }
 
-  // Rows that asynchronous copies have brought, unlike boxes, are seen by wgmma after a fence of the reader's alone.
+  // Rows that threads have brought, unlike boxes, are seen by wgmma after a fence of the reader's alone. (A fence of
+  // the loader's would wait for all of its copies that are under way.)
   __device__ __forceinline__ void see_copies() const {
-    if constexpr (Tile::kSource == KeySource::kRows) fence_shared_writes();
+    if constexpr (!Tile::kBoxes) fence_shared_writes();
   }
 
   // Queries for f16 products. Those of bf16 that f16 cannot hold are far from usual: they stay at its largest number.
@@ -222,79 +214,103 @@ struct Group {
 #pragma unroll
     for (int i = 0; i < kOut; ++i) o[i] = 0.0f;
     if constexpr (Tile::kSource == KeySource::kE4m3Rows) convert_queries(plan);
-    const Stage k_at{next++};
     wait_barrier(shared.query_full(slot()), Place<Tile::kQuerySlots>{plans}.parity());
     if (Tile::kSource != KeySource::kE4m3Rows && p.cu_seqlens_q) clean_queries(plan);
-    wait_keys(k_at);
+    wait({next});
     see_copies();
     wgmma_fence();
-    issue_scores(s, k_at);
+    issue_scores(s, {next});
     wgmma_wait<0>();
     if (transforms) transform(s);
     mask(tile);
-    if (any_missing(k_at)) mask_missing(s, k_at);
+    if (any_missing({next})) mask_missing(s, {next});
     raise_reference(s, rows, shrink, scale);
-    release_keys(k_at);  // after a vote on what was read there: an arrival may overtake a load
-    const float2 sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
-    rows.sum[0] = sums.x;
-    rows.sum[1] = sums.y;
+    release({next++});  // after a vote on what was read there: an arrival may overtake a load
+    const float2 first_sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
+    rows.sum[0] = first_sums.x;
+    rows.sum[1] = first_sums.y;
     pack_weights<T>(weights, s);
-    if (a.unclean && (tile + 1) * kTileRows > plan.s.k_len) clean_values(plan.s.k_len - tile * kTileRows, k_at);
+    if (a.unclean && (tile + 1) * kTileRows > plan.s.k_len) clean_values(plan.s.k_len - tile * kTileRows, {next});
 
-    for (--tile; tile >= mine.first; --tile) {
-      const bool masked = tile >= mine.clear_last || tile < mine.clear_first;
-      const Stage v_at{next - 1}, k_at{next++};
-      wait_keys(k_at);
-      wait_values(v_at);
+    // Each step adds the last weights' product and turns the next scores into weights. The bet is that none of them
+    // passes 2^8. Whether it was lost shows on packed weights, at half the cost of looking for the largest score. What
+    // is rare stands apart, so that the usual steps are one short piece of code.
+    bool ready = false;  // whether the stage is known to be full
+    const auto products = [&] {
+      if (!ready) wait({next});
       see_copies();
       wait_turn();
       wgmma_fence();
-      issue_scores(s, k_at);
-      issue_values(o, weights, v_at);
+      issue_scores(s, {next});
+      issue_values(o, weights, {next});
       pass_turn();
-      const bool missing = any_missing(k_at);
-      wgmma_wait<1>();
-      if (unlikely(transforms)) transform(s);
-      if (unlikely(masked)) mask(tile);
-      if (unlikely(missing)) mask_missing(s, k_at);
-      // The bet is that no weight passes 2^8. Whether it was lost shows on packed weights, at half the cost of looking
-      // for the largest score. Exponentials beside the product with the values cost 9% at 4096 keys of head size 64.
+      const bool missing = any_missing({next});
+      // Exponentials beside the product with the values cost 12% at 4096 keys of head size 64.
       wgmma_wait<0>();
-      float2 sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
-      release_values(v_at);
-      pack_weights<T>(weights, s);
-      const uint2 largest = largest_weights<T>(weights);
-      const bool lost = any_above<WeightBits<T>::kLimit>(largest);
-      if (unlikely(lost)) {
-        if (unlikely(any_above<WeightBits<T>::kMost>(largest))) {
-          score_again(s, k_at);
-          if (transforms) transform(s);
-          if (masked) mask(tile);
-          if (missing) mask_missing(s, k_at);
-          raise_reference(s, rows, shrink, scale);
-          sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
+      const Stage then{next + 1};  // asked for early: the answer takes its time
+      ready = test_barrier(shared.full(then.stage()), then.parity());
+      return missing;
+    };
+    const bool special = transforms || p.lse;
+    for (--tile; tile >= mine.first; --tile) {
+      uint2 largest;
+      float2 sums;
+      bool lost;
+      const bool masked = tile >= mine.clear_last || tile < mine.clear_first;
+      bool usual = Tile::kHead <= 128 && !special && !masked, missing = false;
+      if (usual) {
+#pragma unroll 1
+        for (;; --tile) {
+          missing = products();
+          if (missing) break;
+          sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, false);
           pack_weights<T>(weights, s);
+          largest = largest_weights<T>(weights);
+          lost = any_above<T, WeightBits<T>::kLimit>(largest);
+          if (lost || tile == mine.clear_first) break;
+          rows.sum[0] += sums.x;
+          rows.sum[1] += sums.y;
+          release({next++});
+        }
+        usual = !missing;
+      } else {
+        missing = products();
+      }
+      const auto weigh_again = [&](bool raise) {
+        if (transforms) transform(s);
+        if (masked) mask(tile);
+        if (missing) mask_missing(s, {next});
+        if (raise) raise_reference(s, rows, shrink, scale);
+        sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
+        pack_weights<T>(weights, s);
+      };
+      if (!usual) {
+        weigh_again(false);
+        largest = largest_weights<T>(weights);
+        lost = any_above<T, WeightBits<T>::kLimit>(largest);
+      }
+      if (lost) {
+        if (any_above<T, WeightBits<T>::kMost>(largest)) {
+          score_again(s, {next});
+          weigh_again(true);
         } else {
           lower_weights<T>(weights, largest, rows, shrink);
           sums.x *= shrink[0];
           sums.y *= shrink[1];
         }
-      }
-      rows.sum[0] += sums.x;
-      rows.sum[1] += sums.y;
-      release_keys(k_at);
-      if (unlikely(lost)) {
 #pragma unroll
         for (int i = 0; i < kOut; ++i) o[i] *= shrink[i / 2 % 2];
       }
+      rows.sum[0] += sums.x;
+      rows.sum[1] += sums.y;
+      release({next++});
     }
-    const Stage v_at{next - 1};
-    wait_values(v_at);
+    wait({next});
     see_copies();
     wgmma_fence();
-    issue_values(o, weights, v_at);
+    issue_values(o, weights, {next});
     wgmma_wait<0>();
-    release_values(v_at);
+    release({next++});
     for (; tile >= first; --tile) skip(true);
 
     float total[2], exact[2];  // as the weights were rounded, and not
@@ -397,12 +413,12 @@ __device__ __forceinline__ void run_group(const PrefillArgs& a, const PrefillSha
       group.attend(plan);
     } else {
       const int count = warp_uniform(plan.last - plan.first);
-      for (int i = 0; i < count; ++i) group.skip(i > 0);
+      for (int i = 0; count > 0 && i <= count; ++i) group.skip(i > 0 && i < count);
       group.write_empty(plan);
     }
     fence_shared_writes();
     group.sync();
-    group.release(shared.query_empty(slot.stage()));
+    if (group.thread == 0) arrive(shared.query_empty(slot.stage()));
     ++group.plans;
   }
 }
@@ -436,15 +452,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) prefill_kernel(const __grid
   const uint32_t aligned = (shared_address(memory) + 1023) & ~1023u;
   const PrefillShared<Tile> shared{memory + (aligned - shared_address(memory)), aligned};
   const int groups = a.groups;
-  // Who says that a tile is there: the copy engine, each copying thread (and of keys, each warp), or each converting
-  // warp.
-  constexpr int kFull = Tile::kBoxes ? 1 : Tile::kSource == KeySource::kRows ? kGroupThreads : kGroupThreads / 32;
+  // Who says that a stage is full: the copy engine, each copying thread and each of its warps, or each converting warp.
+  constexpr int kWarps = kGroupThreads / 32;
+  constexpr int kFull = Tile::kBoxes ? 1 : Tile::kSource == KeySource::kRows ? kGroupThreads + kWarps : kWarps;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kStages; ++i) {
-      init_barrier(shared.keys_full(i), kFull + (Tile::kSource == KeySource::kRows ? kGroupThreads / 32 : 0));
-      init_barrier(shared.values_full(i), kFull);
-      init_barrier(shared.keys_empty(i), 4 * groups);
-      init_barrier(shared.values_empty(i), groups);
+      init_barrier(shared.full(i), kFull);
+      init_barrier(shared.empty(i), 4 * groups);
     }
     for (int i = 0; i < Tile::kQuerySlots; ++i) {
       init_barrier(shared.plan_full(i), 1);

@@ -1,5 +1,6 @@
-// The loader of the prefill kernel, one thread: boxes by the copy engine (TMA), into rings of stages that every group
-// releases.
+// The loader of the prefill kernel, one thread: boxes by the copy engine (TMA), into a ring of stages that every group
+// releases. A stage takes a tile of keys and the values of the tile before it, which are needed together: n tiles pass
+// through n + 1 stages.
 #pragma once
 
 #include "kestrel/hopper/mbarrier.cuh"
@@ -41,18 +42,24 @@ struct PrefillShared {
   __device__ __forceinline__ uint16_t* missing(uint32_t stage) const {
     return reinterpret_cast<uint16_t*>(memory + Tile::kMissingAt) + stage * 4;
   }
+  __device__ __forceinline__ uint64_t* row_address(uint32_t i) const {
+    return reinterpret_cast<uint64_t*>(memory + Tile::kRowsAt) + i * kGroupThreads;
+  }
+  __device__ __forceinline__ uint32_t page(uint32_t i) const { return base + Tile::kPagesAt + i * Tile::kPageBytes; }
+  __device__ __forceinline__ uint32_t raw(uint32_t i) const { return base + Tile::kRawAt + i * Tile::kRawBytes; }
+  __device__ __forceinline__ uint16_t* raw_missing(uint32_t i) const {
+    return reinterpret_cast<uint16_t*>(memory + Tile::kRawMissingAt) + i * 4;
+  }
   __device__ __forceinline__ uint32_t ones() const { return base + Tile::kOnesAt; }
   __device__ __forceinline__ uint32_t barrier(uint32_t i) const { return base + Tile::kBarriersAt + 8 * i; }
-  __device__ __forceinline__ uint32_t keys_full(uint32_t stage) const { return barrier(stage); }
-  __device__ __forceinline__ uint32_t keys_empty(uint32_t stage) const { return barrier(Tile::kStages + stage); }
-  __device__ __forceinline__ uint32_t values_full(uint32_t stage) const { return barrier(2 * Tile::kStages + stage); }
-  __device__ __forceinline__ uint32_t values_empty(uint32_t stage) const { return barrier(3 * Tile::kStages + stage); }
-  __device__ __forceinline__ uint32_t query_full(uint32_t slot) const { return barrier(4 * Tile::kStages + slot); }
+  __device__ __forceinline__ uint32_t full(uint32_t stage) const { return barrier(stage); }
+  __device__ __forceinline__ uint32_t empty(uint32_t stage) const { return barrier(Tile::kStages + stage); }
+  __device__ __forceinline__ uint32_t query_full(uint32_t slot) const { return barrier(2 * Tile::kStages + slot); }
   __device__ __forceinline__ uint32_t query_empty(uint32_t slot) const {
-    return barrier(4 * Tile::kStages + Tile::kQuerySlots + slot);
+    return barrier(2 * Tile::kStages + Tile::kQuerySlots + slot);
   }
   __device__ __forceinline__ uint32_t plan_full(uint32_t slot) const {
-    return barrier(4 * Tile::kStages + 2 * Tile::kQuerySlots + slot);
+    return barrier(2 * Tile::kStages + 2 * Tile::kQuerySlots + slot);
   }
 };
 
@@ -110,34 +117,28 @@ __device__ __forceinline__ void load_by_boxes(const PrefillArgs& a, const Prefil
   prefetch_map(&a.k);
   prefetch_map(&a.v);
   Planner planner;
-  uint32_t next = 0;  // tile of keys: its place in both rings
+  uint32_t next = 0;  // place in the ring
 #pragma unroll 1
   for (uint32_t n = 0;; ++n) {
     const Plan& plan = next_plan<Tile>(a, shared, {n}, planner);
     if (n == 0) release_successor();
     if (plan.head < 0) return;
-    if (leader) {
-      const int last = plan.last, count = last - plan.first;
-      const auto load_keys = [&](int i) {
-        const Place<Tile::kStages> place{next + i};
-        const uint32_t full = shared.keys_full(place.stage());
-        wait_barrier(shared.keys_empty(place.stage()), place.parity() ^ 1);
-        arrive_expecting(full, kBytes);
-        load_tile<Tile>(shared.keys(place.stage()), &a.k, &a.k_last, plan.s.k_first + (last - 1 - i) * kTileRows,
-                        plan.k_head, plan.k_batch, full);
-      };
-      if (count > 0) load_keys(0);
+    const int last = plan.last, count = last - plan.first;
+    if (leader && count > 0) {
 #pragma unroll 1
-      for (int i = 0; i < count; ++i) {
-        if (i + 1 < count) load_keys(i + 1);
+      for (int i = 0; i <= count; ++i) {
         const Place<Tile::kStages> place{next + i};
-        const uint32_t full = shared.values_full(place.stage());
-        wait_barrier(shared.values_empty(place.stage()), place.parity() ^ 1);
-        arrive_expecting(full, kBytes);
-        load_tile<Tile>(shared.values(place.stage()), &a.v, &a.v_last, plan.s.k_first + (last - 1 - i) * kTileRows,
-                        plan.k_head, plan.k_batch, full);
+        const uint32_t full = shared.full(place.stage());
+        wait_barrier(shared.empty(place.stage()), place.parity() ^ 1);
+        arrive_expecting(full, i == 0 || i == count ? kBytes : 2 * kBytes);
+        const int row = plan.s.k_first + (last - 1 - i) * kTileRows;
+        if (i < count)
+          load_tile<Tile>(shared.keys(place.stage()), &a.k, &a.k_last, row, plan.k_head, plan.k_batch, full);
+        if (i > 0)
+          load_tile<Tile>(shared.values(place.stage()), &a.v, &a.v_last, row + kTileRows, plan.k_head, plan.k_batch,
+                          full);
       }
-      next += count;
+      next += count + 1;
     }
     __syncwarp();
   }

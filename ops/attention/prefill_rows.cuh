@@ -1,7 +1,8 @@
 // The loader of the prefill kernel for keys and values that lie row by row: paged, or e4m3 to be converted to f16
 // (which holds every e4m3 exactly) on the way. A warpgroup: each warp brings 16 rows of a tile, 8 lanes to a row, and a
-// lane works out one row's place for the others, its page known some tiles ahead. 16-bit rows come by asynchronous
-// copies; e4m3 rows wait in registers for some tiles, so that enough bytes are under way.
+// lane works out one row's address for the others. All comes by asynchronous copies, which no register waits for: the
+// entries of the page table kAhead tiles ahead of the rows, 16-bit rows straight into the ring, e4m3 rows into one of
+// their own, kAhead tiles before they are converted. What binds it is the length of a warp's own code.
 #pragma once
 
 #include "kestrel/hopper/mma.cuh"
@@ -19,171 +20,179 @@ class RowLoader {
   __device__ __forceinline__ RowLoader(const PrefillArgs& a, const PrefillShared<Tile>& shared)
       : a_(a), shared_(shared), warp_(threadIdx.x % kGroupThreads / 32), lane_(threadIdx.x % 32) {}
 
-  // A tile of work. `next`: the place of its first tile of keys in the rings. Tiles are counted from the last
-  // downwards.
+  // A tile of work. `next`: its first place in the ring. Tiles are counted from the last downwards.
   __device__ __forceinline__ void load(const Plan& plan, uint32_t next) {
-    constexpr int kAhead = Tile::kAhead;
+    const AttentionProblem& p = a_.problem;
     const int count = plan.last - plan.first;
-    int pages[kAhead];
-#pragma unroll
-    for (int d = 0; d < kAhead; ++d) pages[d] = page_of(plan, d);
+    if (count == 0) return;
+    const AttentionStrides& stride = lane_ < 16 ? p.k_stride : p.v_stride;
+    const int64_t first = p.page_table ? 0 : plan.k_batch * stride.batch + plan.s.k_first * stride.token;
+    base_ = reinterpret_cast<uint64_t>(lane_ < 16 ? p.k : p.v) + (first + plan.k_head * stride.head) * kSize;
+    page_bytes_ = stride.batch * kSize, token_bytes_ = stride.token * kSize;
+    table_ = p.page_table ? p.page_table + plan.k_batch * p.page_table_stride : nullptr;
+    pages_ = static_cast<uint32_t>(min(p.pages, int64_t{1} << 31));  // a negative entry is one past them
+    top_ = (plan.last - 1) * kTileRows + 16 * warp_ + lane_ % 16;
+    first_key_ = plan.first_key, last_key_ = plan.last_key;
+#pragma unroll 1
+    for (int i = 0; i < kAhead; ++i) copy_page(i);
+    wait_copies();
     if constexpr (Tile::kSource == KeySource::kRows) {
 #pragma unroll 1
-      for (int i = 0; i < count; i += kAhead) {
-#pragma unroll
-        for (int d = 0; d < kAhead; ++d) {
-          if (i + d >= count) break;
-          const Place<Tile::kStages> at{next + i + d};
-          const int64_t place = place_of(plan, i + d, pages[d]);
-          const uint32_t missing = missing_of(pages[d]);
-          pages[d] = page_of(plan, i + d + kAhead);
-          wait_empty<false>(at);
-          tell_missing(missing, at);
-          copy_rows<false>(place, at);
-          copy_rows<true>(place, at);
-        }
+      for (int i = 0; i <= count; ++i) {
+        wait_copy_groups<kAhead - 1>();  // the page of this tile: its group is as old as the rows last in this stage
+        copy_rows(i, count, {next + i});
       }
     } else {
-      Raw keys[kAhead], values[kAhead];
-      uint32_t missing[kAhead];
-#pragma unroll
-      for (int d = 0; d < kAhead; ++d) {
-        const int64_t place = place_of(plan, d, pages[d]);
-        missing[d] = missing_of(pages[d]);
-        pages[d] = page_of(plan, d + kAhead);
-        fetch<false>(place, keys[d]);
-        fetch<true>(place, values[d]);
-      }
 #pragma unroll 1
-      for (int i = 0; i < count; i += kAhead) {
-#pragma unroll
-        for (int d = 0; d < kAhead; ++d) {
-          if (i + d >= count) break;
-          const Place<Tile::kStages> at{next + i + d};
-          const int64_t place = place_of(plan, i + d + kAhead, pages[d]);
-          wait_empty<false>(at);
-          tell_missing(missing[d], at);
-          missing[d] = missing_of(pages[d]);
-          pages[d] = page_of(plan, i + d + 2 * kAhead);
-          convert<false>(keys[d], at);
-          fetch<false>(place, keys[d]);
-          convert<true>(values[d], at);
-          fetch<true>(place, values[d]);
-        }
+      for (int i = 0; i < kAhead; ++i) copy_raw(i, count);
+#pragma unroll 1
+      for (int i = 0; i <= count; ++i) {
+        wait_copy_groups<kAhead - 2>();
+        convert(i, count, {next + i});
+        if (i > 0) copy_raw(i - 1 + kAhead, count);
       }
     }
   }
 
  private:
+  static constexpr int kAhead = Tile::kAhead;
   static constexpr int kChunks = Tile::kHead / 8;  // of a row, 8 elements each
   static constexpr int kPasses = (kChunks + 7) / 8, kRounds = 4;
-  struct Raw {
-    Vec<e4m3, 8> chunk[kRounds][kPasses];
-  };
+  static constexpr int kUnrolled = kPasses > 2 ? 1 : kPasses;              // registers are scarce at 256 columns
+  static constexpr int kSize = Tile::kSource == KeySource::kRows ? 2 : 1;  // of an element
 
   // Lanes 0 to 15 look after the rows' keys, 16 to 31 after their values.
-  __device__ __forceinline__ int key_of(const Plan& plan, int i) const {
-    return (plan.last - 1 - i) * kTileRows + 16 * warp_ + lane_ % 16;
+  __device__ __forceinline__ int key_of(int i) const { return top_ - i * kTileRows; }
+  __device__ __forceinline__ bool seen(int key) const { return key >= first_key_ && key < last_key_; }
+  // Where this lane keeps the page of its row of a tile, in shared memory.
+  __device__ __forceinline__ uint32_t page_at(int i) const {
+    return shared_.page(i % kAhead) + (32 * warp_ + lane_) * 4;
   }
-  // kUnseen: a row that no query sees, kMissing: one of a page that is none. What lies there may be NaN, or nowhere: it
-  // is not touched, and zeros stand for it.
-  static constexpr int kUnseen = -1, kMissing = -2;
-  __device__ __forceinline__ int page_of(const Plan& plan, int i) const {
-    const AttentionProblem& p = a_.problem;
-    const int key = key_of(plan, i);
-    if (key < plan.first_key || key >= plan.last_key) return kUnseen;
-    if (!p.page_table) return plan.k_batch;
+  __device__ __forceinline__ void copy_page(int i) const {
+    const int key = key_of(i);
+    if (!table_ || !seen(key)) return;
     uint32_t entry, slot;
     a_.by_page_size(key, &entry, &slot);
-    const int page = p.page_table[plan.k_batch * p.page_table_stride + entry];
-    return page >= 0 && page < p.pages ? page : kMissing;
-  }
-  // In elements.
-  __device__ __forceinline__ int64_t place_of(const Plan& plan, int i, int page) const {
-    const AttentionProblem& p = a_.problem;
-    uint32_t row = plan.s.k_first + key_of(plan, i), entry;
-    if (p.page_table) a_.by_page_size(row, &entry, &row);
-    if (page < 0) return -1;
-    return (lane_ < 16 ? p.k_stride : p.v_stride).at(page, row, plan.k_head);
-  }
-  // That of the row of this lane in a round.
-  template <bool kValues>
-  __device__ __forceinline__ int64_t place_in(int64_t place, int round) const {
-    return __shfl_sync(~0u, place, kValues * 16 + round * 4 + lane_ / 8);
-  }
-  __device__ __forceinline__ bool holds(int chunk) const {
-    return chunk < kChunks && chunk * 8 < static_cast<int>(a_.problem.head_size);
-  }
-  // Which of the warp's rows are missing, and what the groups are told of it.
-  __device__ __forceinline__ uint32_t missing_of(int page) const {
-    return __ballot_sync(~0u, page == kMissing) & 0xffff;
-  }
-  __device__ __forceinline__ void tell_missing(uint32_t missing, Place<Tile::kStages> at) const {
-    if (lane_ != 0) return;
-    shared_.missing(at.stage())[warp_] = static_cast<uint16_t>(missing);
-    // The arrivals of asynchronous copies do not speak for this store; those after a conversion do.
-    if (Tile::kSource == KeySource::kRows) arrive(shared_.keys_full(at.stage()));
-  }
-  template <bool kValues>
-  __device__ __forceinline__ uint32_t wait_empty(Place<Tile::kStages> at) const {
-    wait_barrier(kValues ? shared_.values_empty(at.stage()) : shared_.keys_empty(at.stage()), at.parity() ^ 1);
-    return kValues ? shared_.values(at.stage()) : shared_.keys(at.stage());
+    copy_async<4>(page_at(i), table_ + entry);
   }
 
-  template <bool kValues>
-  __device__ __forceinline__ void copy_rows(int64_t place, Place<Tile::kStages> at) const {
-    using T = typename Tile::T;
-    const T* from = static_cast<const T*>(kValues ? a_.problem.v : a_.problem.k);
-    const uint32_t to = wait_empty<kValues>(at);
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      const int64_t row = place_in<kValues>(place, round);
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const int chunk = pass * 8 + lane_ % 8;
-        const bool valid = row >= 0 && holds(chunk);
-        if (kChunks % 8 == 0 || chunk < kChunks)
-          copy_async(to + tile_offset(16 * warp_ + round * 4 + lane_ / 8, chunk), from + (valid ? row + chunk * 8 : 0),
-                     valid ? 16 : 0);
-      }
+  // Puts the addresses of the warp's rows of a tile where its lanes find them. A one in the lowest bit says that the
+  // row is to be read. Rows that no query sees, or of a page that is none, are not touched, as NaN may lie there, or
+  // nothing: zeros stand for them. Returns which are of no page.
+  __device__ __forceinline__ uint32_t place_rows(int i) const {
+    const int key = key_of(i);
+    bool wanted = seen(key), missing = false;
+    uint64_t address = base_;
+    if (!table_) {
+      if (wanted) address += static_cast<uint32_t>(key) * token_bytes_;
+    } else if (wanted) {
+      uint32_t entry, slot;
+      a_.by_page_size(key, &entry, &slot);
+      const uint32_t page = load_shared_word(page_at(i));
+      wanted = page < pages_;
+      missing = !wanted;
+      if (wanted) address += page * page_bytes_ + slot * token_bytes_;
     }
-    arrive_after_copies(kValues ? shared_.values_full(at.stage()) : shared_.keys_full(at.stage()));
-  }
-
-  template <bool kValues>
-  __device__ __forceinline__ void fetch(int64_t place, Raw& raw) const {
-    const e4m3* from = static_cast<const e4m3*>(kValues ? a_.problem.v : a_.problem.k);
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      const int64_t row = place_in<kValues>(place, round);
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const int chunk = pass * 8 + lane_ % 8;
-        raw.chunk[round][pass] = load_if(row >= 0 && holds(chunk), from + row + chunk * 8);
-      }
-    }
-  }
-  template <bool kValues>
-  __device__ __forceinline__ void convert(const Raw& raw, Place<Tile::kStages> at) const {
-    const uint32_t to = wait_empty<kValues>(at);
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round)
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const int chunk = pass * 8 + lane_ % 8;
-        const uint32_t low = raw.chunk[round][pass].words[0], high = raw.chunk[round][pass].words[1];
-        if (kChunks % 8 == 0 || chunk < kChunks)
-          store_shared(to + tile_offset(16 * warp_ + round * 4 + lane_ / 8, chunk),
-                       {to_f16x2(low), to_f16x2(low >> 16), to_f16x2(high), to_f16x2(high >> 16)});
-      }
-    fence_shared_writes();
     __syncwarp();
-    if (lane_ == 0) arrive(kValues ? shared_.values_full(at.stage()) : shared_.keys_full(at.stage()));
+    shared_.row_address(i % 2)[32 * warp_ + lane_] = address | wanted;
+    const uint32_t none = __ballot_sync(~0u, missing) & 0xffff;
+    __syncwarp();
+    return none;
+  }
+  __device__ __forceinline__ int line_of(int round) const { return 16 * warp_ + lane_ / 8 * 4 + round; }
+  // copy(line, chunk, address, read) for this lane's chunks of a tile whose rows are placed.
+  template <bool kValues, class Copy>
+  __device__ __forceinline__ void each_chunk(int i, const Copy& copy) const {
+    const auto* rows = reinterpret_cast<const ulonglong2*>(shared_.row_address(i % 2) + 32 * warp_ + kValues * 16);
+    const ulonglong2 low = rows[lane_ / 8 * 2], high = rows[lane_ / 8 * 2 + 1];
+    const uint64_t row[kRounds] = {low.x, low.y, high.x, high.y};
+#pragma unroll kUnrolled
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int chunk = pass * 8 + lane_ % 8;
+      const bool held = chunk * 8 < static_cast<int>(a_.problem.head_size);
+      if (kChunks % 8 == 0 || chunk < kChunks)
+#pragma unroll
+        for (int round = 0; round < kRounds; ++round)
+          copy(line_of(round), chunk, reinterpret_cast<const char*>(row[round] & ~uint64_t{1}) + chunk * 8 * kSize,
+               held && (row[round] & 1));
+    }
+  }
+
+  __device__ __forceinline__ void wait_empty(Place<Tile::kStages> at) const {
+    wait_barrier(shared_.empty(at.stage()), at.parity() ^ 1);
+  }
+
+  __device__ __forceinline__ void copy_rows(int i, int count, Place<Tile::kStages> at) const {
+    const auto copy_to = [&](uint32_t to) {
+      return [=](int line, int chunk, const char* from, bool read) {
+        copy_async(to + tile_offset(line, chunk), from, read ? 16 : 0);
+      };
+    };
+    const uint32_t missing = place_rows(i);
+    wait_empty(at);
+    if (i < count) each_chunk<false>(i, copy_to(shared_.keys(at.stage())));
+    if (i > 0) each_chunk<true>(i - 1, copy_to(shared_.values(at.stage())));
+    arrive_after_copies(shared_.full(at.stage()));
+    if (lane_ == 0) {
+      shared_.missing(at.stage())[warp_] = static_cast<uint16_t>(missing);
+      arrive(shared_.full(at.stage()));  // the arrivals of asynchronous copies do not speak for this store
+    }
+    copy_page(i + kAhead);
+    commit_copies();
+  }
+
+  // A thread converts the very chunks that it has copied.
+  __device__ __forceinline__ uint32_t raw_at(int i, bool values, int line, int chunk) const {
+    return shared_.raw(i % kAhead) + ((values * kTileRows + line) * kChunks + chunk) * 8;
+  }
+  __device__ __forceinline__ void copy_raw(int i, int count) const {
+    if (i < count) {
+      const uint32_t missing = place_rows(i);
+      if (lane_ == 0) shared_.raw_missing(i % kAhead)[warp_] = static_cast<uint16_t>(missing);
+      const auto copy = [&](bool values) {
+        return [=, this](int line, int chunk, const char* from, bool read) {
+          copy_async<8>(raw_at(i, values, line, chunk), from, read ? 8 : 0);
+        };
+      };
+      each_chunk<false>(i, copy(false));
+      each_chunk<true>(i, copy(true));
+      copy_page(i + kAhead);
+    }
+    commit_copies();
+  }
+  __device__ __forceinline__ void convert_part(int i, bool values, uint32_t to) const {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int chunk = pass * 8 + lane_ % 8;
+      if (kChunks % 8 != 0 && chunk >= kChunks) break;
+      uint2 raw[kRounds];
+#pragma unroll
+      for (int round = 0; round < kRounds; ++round)
+        raw[round] = load_shared_pair(raw_at(i, values, line_of(round), chunk));
+#pragma unroll
+      for (int round = 0; round < kRounds; ++round)
+        store_shared(to + tile_offset(line_of(round), chunk), {to_f16x2(raw[round].x), to_f16x2(raw[round].x >> 16),
+                                                               to_f16x2(raw[round].y), to_f16x2(raw[round].y >> 16)});
+    }
+  }
+  __device__ __forceinline__ void convert(int i, int count, Place<Tile::kStages> at) const {
+    wait_empty(at);
+    if (i < count) convert_part(i, false, shared_.keys(at.stage()));
+    if (i > 0) convert_part(i - 1, true, shared_.values(at.stage()));
+    if (lane_ == 0) shared_.missing(at.stage())[warp_] = shared_.raw_missing(i % kAhead)[warp_];
+    __syncwarp();
+    if (lane_ == 0) arrive(shared_.full(at.stage()));
   }
 
   const PrefillArgs& a_;
   const PrefillShared<Tile> shared_;
   const int warp_, lane_;
+  // Of the tile of work: this lane's row of the last tile of keys, all keys that are seen, where the head's rows are.
+  int top_, first_key_, last_key_;
+  const int32_t* table_;  // or null
+  uint32_t pages_;
+  uint64_t base_;
+  uint64_t page_bytes_, token_bytes_;
 };
 
 template <class Tile>
@@ -202,7 +211,7 @@ __device__ __forceinline__ void load_by_rows(const PrefillArgs& a, const Prefill
     sync_threads(kLoaderBarrier, kGroupThreads);
     if (plan->head < 0) return;
     loader.load(*plan, next);
-    next += plan->last - plan->first;
+    if (plan->first < plan->last) next += plan->last - plan->first + 1;
     // Everybody is done with this plan's place before the next one is written there.
     sync_threads(kLoaderBarrier, kGroupThreads);
   }

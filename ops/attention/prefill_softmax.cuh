@@ -118,10 +118,12 @@ struct WeightBits {
   static constexpr uint32_t kMost = dtype_of<T> == DType::kBF16 ? 0x7b7f : 0x7bff;  // 2^120, 65504
   static constexpr int kFraction = dtype_of<T> == DType::kBF16 ? 7 : 10, kBias = dtype_of<T> == DType::kBF16 ? 127 : 15;
 };
-template <uint32_t kBound>
+template <class T, uint32_t kBound>
 __device__ __forceinline__ bool any_above(uint2 pairs) {
-  return __any_sync(
-      ~0u, max(pairs.x, pairs.y) > (kBound << 16 | 0xffff) || max(pairs.x & 0xffff, pairs.y & 0xffff) > kBound);
+  using Pair = std::conditional_t<dtype_of<T> == DType::kBF16, __nv_bfloat162, __half2>;
+  constexpr uint32_t kBounds = kBound << 16 | kBound;
+  const Pair top = __hmax2(reinterpret_cast<const Pair&>(pairs.x), reinterpret_cast<const Pair&>(pairs.y));
+  return __any_sync(~0u, !__hbleu2(top, reinterpret_cast<const Pair&>(kBounds)));
 }
 
 // Weights above 2^8, but none above kMost: brings them, and with `shrink` what was summed before, down by powers of

@@ -3,6 +3,7 @@
 // where the head size is no multiple of 64.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "ops/attention/plan.h"
@@ -37,25 +38,33 @@ struct PrefillTile {
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
   // Registers of a thread in a group, and in the loading warpgroup: all of a launch's.
   static constexpr int kRegisters = kGroups == 4                  ? 112
-                                    : kGroups == 3                ? (kBoxes || kHead > 80 ? 152
-                                                                     : kHead > 64         ? 136
-                                                                                          : 128)
+                                    : kGroups == 3                ? (kBoxes                        ? 152
+                                                                     : kSource == KeySource::kRows ? 144
+                                                                                                   : 136)
                                     : kBoxes                      ? 232
                                     : kSource == KeySource::kRows ? 216
-                                                                  : 176;
+                                                                  : 184;
   static constexpr int kLoaderRegisters = kGroups == 4   ? 32
                                           : kGroups == 3 ? 512 - 3 * kRegisters
                                                          : 504 - 2 * kRegisters;
-  // Tiles whose rows' pages are known before they are needed; as many e4m3 tiles wait in registers.
-  static constexpr int kAhead = kSource == KeySource::kRows ? 4 : kHead <= 64 ? 3 : kHead <= 80 ? 1 : 2;
 
   static constexpr int kQueryBytes = kGroups * kTileBytes;  // of a slot
   static constexpr int kKeysAt = kQuerySlots * kQueryBytes, kValuesAt = kKeysAt + kStages * kTileBytes;
   static constexpr int kOnesAt = kValuesAt + kStages * kTileBytes, kPlansAt = kOnesAt + kOnesBytes;
-  static constexpr int kMissingAt = kPlansAt + kQuerySlots * kPlanBytes;
-  static constexpr int kBarriersAt = kMissingAt + (kBoxes ? 0 : kStages * 8);
-  // Full and empty: of the keys' stages, the values' stages, the query slots; and the slots' plans.
-  static constexpr int kSharedBytes = kBarriersAt + 16 * (2 * kStages + kQuerySlots) + 8 * kQuerySlots + 1024;
+  static constexpr int kBarriersAt = kPlansAt + kQuerySlots * kPlanBytes;
+  // Full and empty: of the stages, the query slots; and the slots' plans.
+  static constexpr int kMissingAt = kBarriersAt + 16 * (kStages + kQuerySlots) + 8 * kQuerySlots;
+  static constexpr int kRowsAt = kBoxes ? kMissingAt : (kMissingAt + kStages * 8 + 15) / 16 * 16;
+  static constexpr int kPagesAt = kRowsAt + (kBoxes ? 0 : 2 * kGroupThreads * 8);
+  // Of rows: tiles whose pages are known before they are needed, and whose e4m3 rows lie here before their conversion.
+  static constexpr int kPageBytes = kGroupThreads * 4;
+  static constexpr int kRawBytes = kSource == KeySource::kE4m3Rows ? 2 * kTileRows * kHead : 0;
+  static constexpr int kAhead = kBoxes ? 0
+                                : kSource == KeySource::kRows
+                                    ? kStages
+                                    : std::min(8, ((226 << 10) - kPagesAt) / (kPageBytes + kRawBytes + 8));
+  static constexpr int kRawAt = kPagesAt + kAhead * kPageBytes, kRawMissingAt = kRawAt + kAhead * kRawBytes;
+  static constexpr int kSharedBytes = kRawMissingAt + (kRawBytes ? kAhead * 8 : 0) + 1024;
   static_assert(kSharedBytes <= 227 << 10);
 };
 
