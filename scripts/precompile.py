@@ -59,7 +59,7 @@ def demangle(names: list[str]) -> list[str]:
     short = []
     for name in done.stdout.splitlines():
         name = re.sub(r"\(anonymous namespace\)|(?<=[(<, ])\((?:\w|::| )+\)(?=[\w-])", "", name)
-        short.append(re.sub(r"\w*::", "", name).removeprefix("void ").replace("> >", ">>"))
+        short.append(re.sub(r"\w*::|(?<=>) (?=>)", "", name).removeprefix("void "))
     return short
 
 

@@ -18,8 +18,11 @@ ffi::String word(T value, const char* const (&words)[kSize]) {
 Map decode_map(const DecodePlan& plan, const AttentionProblem& p, int64_t most_keys) {
   const DecodeRow& tile = decode_row(plan.tile);
   const int64_t rows = p.q_heads / p.k_heads * p.q_len, groups = decode_groups(tile, p.k_heads, rows);
+  // As launch_decode() has it, of a call without softcap, sink and lse.
+  const bool simple = tile.whole && p.q_len == 1 && rows <= 8 && p.window_left < 0 && p.window_right < 0;
   return Map{{"kernel", ffi::String(plan.kernel())},
              {"tile", plan.tile},
+             {"simple", simple},
              {"size", tile.size},
              {"whole", tile.whole},
              {"heads", tile.heads},

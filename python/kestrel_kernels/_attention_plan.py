@@ -56,7 +56,8 @@ def _compiled(plan: Plan, query: str, key: str, head_size: int) -> str:
     if "merge" in plan:
         sizes = [plan[name] for name in ("size", "heads", "batches")]
         of = [query, key, *sizes, _MERGES.index(plan["merge"]), str(plan["whole"]).lower(), plan["most_threads"]]
-        return f"decode_kernel<DecodeTile<{', '.join(map(str, of))}>>"
+        tile = f"DecodeTile<{', '.join(map(str, of))}>"
+        return f"decode_kernel<{f'Simple<{tile}>' if plan['simple'] else tile}>"
     if "keys" in plan:
         of = ["f16" if key == "e4m3" else query, query, plan["head_size"], _SOURCES.index(plan["keys"])]
         of += [plan[name] for name in ("most_groups", "stages", "query_slots")]
