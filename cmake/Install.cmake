@@ -34,7 +34,7 @@ install(CODE "execute_process(COMMAND \"${Python_EXECUTABLE}\" \"${PROJECT_SOURC
         COMPONENT python)
 # What ptxas made of each kernel, for `kestrel-kernels info`.
 set(kernel_list "\${CMAKE_INSTALL_PREFIX}/${lib_dir}/kernels.json")
-if(KESTREL_CUDA AND NOT KESTREL_RACECHECK AND NOT KESTREL_DELAYS)  # in which some may spill
+if(KESTREL_CUDA AND NOT KESTREL_DELAYS)  # with delays some may spill
   install(CODE "execute_process(COMMAND \"${Python_EXECUTABLE}\" -m scripts.precompile --list
                                 --build \"${PROJECT_BINARY_DIR}\" --json \"${kernel_list}\"
                                 WORKING_DIRECTORY \"${PROJECT_SOURCE_DIR}\" OUTPUT_QUIET COMMAND_ERROR_IS_FATAL ANY)"

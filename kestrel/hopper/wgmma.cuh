@@ -202,19 +202,14 @@ __device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4]
   KESTREL_WGMMA_SIZES(KESTREL_WGMMA_REGISTERS)
 }
 
-// setmaxnreg, by a whole warpgroup, in kernels of one block on an SM: registers of each thread, a multiple of 8. Not with
-// KESTREL_RACECHECK, a test option: racecheck (2025.3) overlooks barriers that come after it.
+// setmaxnreg, by a whole warpgroup, in kernels of one block on an SM: registers of each thread, a multiple of 8.
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
-#ifndef KESTREL_RACECHECK
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-#endif
 }
 template <int kRegisters>
 __device__ __forceinline__ void leave_registers() {
-#ifndef KESTREL_RACECHECK
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-#endif
 }
 
 }  // namespace kestrel
