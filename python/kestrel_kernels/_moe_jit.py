@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import importlib.util
+import importlib
 import os
 import shutil
 import subprocess
@@ -64,11 +64,12 @@ def cache() -> Path:
 @functools.cache
 def _tool() -> Any:
     """tools/moe_tiles.py, which writes the same sources for the build."""
-    spec = importlib.util.spec_from_file_location("_kestrel_moe_tiles", root() / "tools/moe_tiles.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    tools = str(root() / "tools")
+    sys.path.insert(0, tools)
+    try:
+        return importlib.import_module("moe_tiles")
+    finally:
+        sys.path.remove(tools)
 
 
 def source(config: CuteMoeConfig) -> str:
