@@ -3,6 +3,7 @@
 // into the next P while the products of the other groups run, and walks its keys downwards: first the tiles that the
 // mask's right edge cuts, then whole ones, then those cut by a window's left edge; the others it never touches.
 // In shared memory q's place later takes the output, for whole lines to the device's memory.
+// At head size 64 bound by a group's own instructions (158 a step; with 195, 4096 keys took 139 us instead of 127).
 #pragma once
 
 #include "kestrel/hopper/mma.cuh"
