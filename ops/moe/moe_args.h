@@ -53,8 +53,8 @@ struct MoeArgs {
   const int32_t* ids = nullptr;
   int64_t ids_stride = 0;
   const int32_t* expert_map = nullptr;
-  int64_t routed = 0;    // experts that ids name
-  bool settled = false;  // ids, or the alignment, are older than the preceding kernel
+  int64_t routed = 0;                  // experts that ids name
+  bool settled = false;                // ids, or the alignment, are older than the preceding kernel
   std::optional<DType> quantize_from;  // with weights of e4m3 and no x_scale: what x is in, and up quantizes
 
   int64_t assignments() const { return tokens * slots; }

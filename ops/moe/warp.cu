@@ -93,8 +93,7 @@ std::optional<MoeWarpPlan> fit(const MoeArgs& a) {
   plan.warps = ceil_div(slabs, plan.steps);
   plan.stage_bytes = plan.warps * kSlabBytes;
   plan.kernel = deep ? 2 : wants_two(a) && tiles >= 2 ? 1 : 0;
-  if (plan.kernel == 0 && fp8 && tiles >= 2 && 2 * plan.steps * plan.stage_bytes <= kRingOfTeams)
-    plan.kernel = 3;
+  if (plan.kernel == 0 && fp8 && tiles >= 2 && 2 * plan.steps * plan.stage_bytes <= kRingOfTeams) plan.kernel = 3;
   // A warp quantizes a row.
   if (a.quantize_from && (plan.kernel != 3 || !a.gate || a.out.dtype != DType::kF32 || a.tokens > 2 * plan.warps ||
                           a.depth > kMostRowColumns || size_of(*a.quantize_from) != 2))
