@@ -32,6 +32,17 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
+// Of the lanes up to this one.
+template <class T>
+__device__ __forceinline__ T sum_up_to_lane(T value) {
+#pragma unroll
+  for (uint32_t lanes = 1; lanes < kWarp; lanes *= 2) {
+    const T below = __shfl_up_sync(~0u, value, lanes);
+    if (threadIdx.x % kWarp >= lanes) value += below;
+  }
+  return value;
+}
+
 // From of_warp(value), over a warp and in each lane, the same over all threads of a block of whole warps, in a fixed
 // order. `none` changes no result.
 template <class T, class OfWarp>

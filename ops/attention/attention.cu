@@ -13,6 +13,7 @@
 #include "kestrel/hopper/vec.cuh"
 #include "kestrel/hopper/warp.cuh"
 #include "kestrel/launch.h"
+#include "ops/attention/device.cuh"
 #include "ops/attention/problem.h"
 
 namespace kestrel::cuda {
@@ -78,12 +79,6 @@ __device__ __forceinline__ Sequence checked_sequence(const AttentionProblem& p, 
   s.k_first = max(s.k_first, int64_t{0});
   s.k_len = max(min(s.k_len, end - s.k_first), int64_t{0});
   return s;
-}
-
-__device__ __forceinline__ float sink_of(const AttentionProblem& p, int64_t head) {
-  if (p.sink_dtype == DType::kF32) return static_cast<const float*>(p.sink)[head];
-  if (p.sink_dtype == DType::kBF16) return to_float(static_cast<const bf16*>(p.sink)[head]);
-  return to_float(static_cast<const f16*>(p.sink)[head]);
 }
 
 template <class Q, class KV, int kLanes, int kVec, class Index>

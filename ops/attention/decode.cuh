@@ -230,10 +230,7 @@ __device__ __forceinline__ float cap(float x, float c) {
   return c - 2.0f * c * fast_reciprocal(1.0f + fast_exp2(x * (2.88539008f / c)));
 }
 
-// The keys that a query sees, as visible_keys() of problem.h says, in 32 bits.
-struct Range {
-  int first, last;
-};
+// The keys that a query sees, as visible_keys() of problem.h says.
 __device__ __forceinline__ Range visible(const DecodeArgs& a, int length, int prefix, int query) {
   const int position = query + length - a.q_len;
   int first = 0, last = length;

@@ -11,6 +11,7 @@
 #include "kestrel/hopper/numeric.cuh"
 #include "kestrel/hopper/warp.cuh"
 #include "ops/attention/decode_args.h"
+#include "ops/attention/device.cuh"
 
 namespace kestrel::cuda {
 
@@ -34,17 +35,6 @@ __device__ __forceinline__ uint32_t this_thread() {
 __device__ __forceinline__ Item& shared_item() {
   __shared__ Item item;
   return item;
-}
-
-// Inclusive prefix sums over the lanes.
-__device__ __forceinline__ int scan(int value) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-    const int before = __shfl_up_sync(~0u, value, lanes);
-    if (lane >= lanes) value += before;
-  }
-  return value;
 }
 
 __device__ __forceinline__ int length_of(const DecodeArgs& a, int batch) {
@@ -72,8 +62,8 @@ __device__ inline bool find_planned_item(const DecodeArgs& a, int index, Item* i
   for (int b = 0; b < a.batch; b += kWarp) {
     const int rounded = static_cast<int>(keys_of(a, b + lane) / share + 0.7f);
     const int splits = b + lane < a.batch ? max(min(rounded, kMostSplits), 1) : 0;
-    const int items = scan(splits * a.groups) + items_before;
-    const int slots = scan(splits > 1 ? splits * a.groups : 0) + slots_before;
+    const int items = sum_up_to_lane(splits * a.groups) + items_before;
+    const int slots = sum_up_to_lane(splits > 1 ? splits * a.groups : 0) + slots_before;
     const unsigned after = __ballot_sync(~0u, items > index);
     if (after) {
       const int of = __ffs(static_cast<int>(after)) - 1;
@@ -159,12 +149,6 @@ struct Part {
   float4 out;
 };
 
-__device__ __forceinline__ float sink_of(const DecodeArgs& a, int head) {
-  if (a.sink_dtype == DType::kF32) return static_cast<const float*>(a.sink)[head];
-  if (a.sink_dtype == DType::kBF16) return to_float(static_cast<const bf16*>(a.sink)[head]);
-  return to_float(static_cast<const f16*>(a.sink)[head]);
-}
-
 // Where four adjacent elements of a row of out go, and what else goes into them: found before they are there.
 template <class Tile>
 struct Target {
@@ -180,7 +164,7 @@ struct Target {
     rows.find(a, row, &query, &head);
     out = static_cast<Q*>(a.out) + uint64_t{a.out_batch} * batch + uint64_t{a.out_head} * head + d;
     if (Tile::kRows && a.q_len > 1) out += uint64_t{a.out_token} * query;
-    if (a.has(a.kSink)) sink = sink_of(a, head) * 1.44269504f;
+    if (a.has(a.kSink)) sink = sink_of(a, static_cast<int>(head)) * 1.44269504f;
     if (a.has(a.kLse) && d == 0) lse = a.lse + a.lse_stride.at(batch, query, head);
   }
   __device__ __forceinline__ void write(const DecodeArgs& a, float v_scale, const Part& part) const {

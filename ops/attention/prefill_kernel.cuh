@@ -325,18 +325,11 @@ struct Group {
     finish(plan, rows, o, total, exact);
   }
 
-  __device__ __forceinline__ float sink_of(int head) const {
-    const AttentionProblem& p = a.problem;
-    if (p.sink_dtype == DType::kF32) return static_cast<const float*>(p.sink)[head];
-    if (p.sink_dtype == DType::kBF16) return to_float(static_cast<const bf16*>(p.sink)[head]);
-    return to_float(static_cast<const f16*>(p.sink)[head]);
-  }
-
   __device__ __forceinline__ void finish(const Plan& plan, const Rows2& rows, float (&o)[kOut], const float (&total)[2],
                                          const float (&exact)[2]) {
     const AttentionProblem& p = a.problem;
     const float v_scale = p.v_scale_at ? *p.v_scale_at : p.v_scale;
-    const float sink = p.sink ? sink_of(plan.head) * kLog2e : -INFINITY;
+    const float sink = p.sink ? sink_of(p, plan.head) * kLog2e : -INFINITY;
     const int first_query = plan.row[index], queries = plan.s.q_len;
     float factor[2];
 #pragma unroll
@@ -396,7 +389,7 @@ struct Group {
       *reinterpret_cast<uint4*>(out + i / chunks * p.out_stride.token + i % chunks * 8) = uint4{0, 0, 0, 0};
     if (p.lse && thread < count)
       p.lse[p.lse_stride.at(plan.q_batch, plan.s.q_first + first_query + thread, plan.head)] =
-          p.sink ? sink_of(plan.head) : -INFINITY;
+          p.sink ? sink_of(p, plan.head) : -INFINITY;
   }
 };
 

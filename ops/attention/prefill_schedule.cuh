@@ -1,6 +1,8 @@
 // Who does what: tiles of work in their order, the longest first, and the tiles of keys that each of their parts needs.
 #pragma once
 
+#include "kestrel/hopper/warp.cuh"
+#include "ops/attention/device.cuh"
 #include "ops/attention/prefill_args.h"
 
 namespace kestrel::cuda {
@@ -8,9 +10,6 @@ namespace kestrel::cuda {
 // problem.h's Sequence and visible_keys() in 32 bits: registers are scarce here.
 struct Lengths {
   int q_first, q_len, k_first, k_len, prefix;
-};
-struct Range {
-  int first, last;
 };
 
 // Lengths come from device memory: whatever stands there, rows lie within the tensors.
@@ -74,12 +73,7 @@ __device__ __forceinline__ bool find_sequence_of_tile(const AttentionProblem& p,
     const int b = first + lane;
     int count = 0;
     if (b < p.batch) count = (lengths_of(p, b).q_len + rows - 1) / rows;
-    int end = count;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int before = __shfl_up_sync(~0u, end, step);
-      if (lane >= step) end += before;
-    }
+    const int end = sum_up_to_lane(count);
     const unsigned past = __ballot_sync(~0u, tile < end);
     if (past) {
       const int found = __ffs(static_cast<int>(past)) - 1;

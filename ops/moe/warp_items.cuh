@@ -133,12 +133,7 @@ __device__ __forceinline__ uint32_t list_passes(const MoeRouting& r, const MoeLi
     if (expert < r.experts)
       for (uint32_t word = 0; word < r.words; ++word) members += __popc(lists.bits[word * r.experts + expert]);
     const uint32_t passes = (members + kGroups * 8 - 1) / (kGroups * 8);
-    uint32_t end = passes;
-#pragma unroll
-    for (uint32_t lanes = 1; lanes < kWarp; lanes *= 2) {
-      const uint32_t before = __shfl_up_sync(~0u, end, lanes);
-      if (lane >= lanes) end += before;
-    }
+    const uint32_t end = sum_up_to_lane(passes);
     const uint32_t start = total + end - passes;
     if (expert < r.experts) lists.bits[r.words * r.experts + expert] = start;
     for (uint32_t pass = 0; pass < passes; ++pass) lists.expert[start + pass] = expert;

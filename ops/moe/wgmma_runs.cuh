@@ -72,14 +72,8 @@ struct Runs {
         const int32_t block = base + thread * kEach + i;
         if (block < blocks && (block == first_block || ids[i + 1] != ids[i])) starts |= 1u << i;
       }
-      int before_thread = __popc(starts);
-#pragma unroll
-      for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-        const int other = __shfl_up_sync(~0u, before_thread, lanes);
-        if (lane >= lanes) before_thread += other;
-      }
-      if (lane == kWarp - 1) warp_count[warp] = before_thread;
-      before_thread -= __popc(starts);
+      const int up_to_thread = sum_up_to_lane(__popc(starts)), before_thread = up_to_thread - __popc(starts);
+      if (lane == kWarp - 1) warp_count[warp] = up_to_thread;
       sync_threads(1, kThreads);
       int index = count + before_thread;
 #pragma unroll
@@ -178,12 +172,7 @@ struct Runs {
       tiles[i] = tiles_of(rows[thread * kOwn + i]) * panel_blocks;
       sum += tiles[i];
     }
-    int total = sum;
-#pragma unroll
-    for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-      const int other = __shfl_up_sync(~0u, total, lanes);
-      if (lane >= lanes) total += other;
-    }
+    const int total = sum_up_to_lane(sum);
     if (lane == kWarp - 1) warp_count[warp] = total;
     sync_threads(1, kThreads);
     int at = total - sum;

@@ -119,15 +119,6 @@ __device__ __forceinline__ uint32_t add_up_warps(uint32_t* column, int stride, i
   return before;
 }
 
-__device__ __forceinline__ uint32_t sum_up_to_lane(uint32_t value) {
-#pragma unroll
-  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-    const uint32_t below = __shfl_up_sync(~0u, value, lanes);
-    if (threadIdx.x % kWarp >= lanes) value += below;
-  }
-  return value;
-}
-
 // By all threads of the block; consecutive ones write consecutive places. Nothing where count is negative.
 __device__ __forceinline__ void fill(int32_t* out, int64_t count, int32_t value) {
   const int64_t to_16 = -(reinterpret_cast<uintptr_t>(out) / 4) & 3, head = to_16 < count ? to_16 : count;
