@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "kestrel/arithmetic.h"
 #include "kestrel/cuda.h"
 #include "kestrel/cuda_check.h"
 
@@ -67,7 +68,5 @@ void launch(Stream stream, const LaunchShape& shape, const Args& args) {
   void* params[] = {const_cast<Args*>(&args)};
   launch_function(symbol, function_of(symbol, functions), config, params);
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace kestrel

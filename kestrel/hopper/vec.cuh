@@ -7,6 +7,7 @@
 
 #include <kestrel/tensor.h>
 
+#include "kestrel/arithmetic.h"
 #include "kestrel/hopper/numeric.cuh"
 
 namespace kestrel {
@@ -79,8 +80,6 @@ __device__ __forceinline__ void compute_now(Vec<T, kSize>& v) {
 #pragma unroll
   for (auto& word : v.words) asm volatile("" : "+r"(word));
 }
-
-inline bool aligned_to(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 // Does every row begin at a multiple of the vector's size?
 template <class T, int kSize>

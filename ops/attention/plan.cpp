@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "kestrel/arithmetic.h"
 #include "ops/attention/compiled_tiles.h"
 
 namespace kestrel {
@@ -10,13 +11,9 @@ namespace {
 
 constexpr int64_t kMostKeys = int64_t{1} << 30;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-bool aligned(const void* data, int64_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
-
 // Rows of whole 16 bytes (8 of e4m3), at such addresses.
 bool vectors_fit(const void* data, const AttentionStrides& s, DType dtype) {
-  return aligned(data, 8 * size_of(dtype)) && s.batch % 8 == 0 && s.token % 8 == 0 && s.head % 8 == 0;
+  return aligned_to(data, 8 * size_of(dtype)) && s.batch % 8 == 0 && s.token % 8 == 0 && s.head % 8 == 0;
 }
 
 bool boxes_fit(const AttentionStrides& s) {
@@ -55,7 +52,7 @@ bool units_fit(const AttentionProblem& p, int64_t pages, int64_t page_size) {
 
 // Rows of q or out: strides of whole vectors, and within 32 bits.
 bool in_vectors(const void* data, const AttentionStrides& stride, int64_t elements) {
-  if (!aligned(data, elements * 2)) return false;
+  if (!aligned_to(data, elements * 2)) return false;
   for (const int64_t s : {stride.batch, stride.token, stride.head})
     if (s % elements || s < 0 || s >> 32) return false;
   return true;
@@ -68,7 +65,7 @@ bool decode_takes(const AttentionProblem& p) {
       p.batch > 65535 || p.q_heads * p.q_len > 65535 || p.head_size * kv_size % 16 || p.head_size % 8 ||
       page_size >= kMostKeys || p.batch * p.page_table_stride >= int64_t{1} << 31 || pages >= int64_t{1} << 31)
     return false;
-  return p.k_stride == p.v_stride && aligned(p.k, 16) && aligned(p.v, 16) && units_fit(p, pages, page_size) &&
+  return p.k_stride == p.v_stride && aligned_to(p.k, 16) && aligned_to(p.v, 16) && units_fit(p, pages, page_size) &&
          in_vectors(p.q, p.q_stride, 8) && in_vectors(p.out, p.out_stride, 4);
 }
 

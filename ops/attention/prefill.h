@@ -5,8 +5,6 @@
 
 namespace kestrel::cuda {
 
-void attention_prefill(Stream stream, const AttentionProblem& problem, const PrefillPlan& plan);
-
 // The launch of a compiled tile: compiled_prefill.h lists them.
 template <int kHead, KeySource kKeys, int kGroups, int kStages, int kSlots>
 void launch_prefill(Stream stream, const AttentionProblem& problem, const PrefillShape& shape);
