@@ -27,6 +27,8 @@ SOURCES = {"boxes": "KeySource::kBoxes", "rows": "KeySource::kRows", "e4m3": "Ke
 MERGES = {"block": "Merge::kBlock", "cluster": "Merge::kCluster", "grid": "Merge::kGrid"}
 KEYS = {"16 bit": (("bf16", "bf16"), ("f16", "f16")), "e4m3": (("bf16", "e4m3"), ("f16", "e4m3"))}
 PAIRS = [pair for pairs in KEYS.values() for pair in pairs]  # of queries and keys
+PREFILL_ARGUMENTS = "(Stream, const AttentionProblem&, const PrefillShape&)"
+DECODE_ARGUMENTS = "(Stream, DecodeArgs&, const DecodePlan&)"
 
 Row = dict[str, Any]
 
@@ -79,22 +81,11 @@ def prefill_launch(row: Row) -> str:
 
 
 def prefill_launches(rows: list[Row]) -> list[str]:
-    arguments = "(Stream, const AttentionProblem&, const PrefillShape&)"
     return [
-        *(f"extern template void {prefill_launch(row)}{arguments};" for row in rows),
-        f"inline constexpr void (*kPrefillLaunches[]){arguments} = {{",
+        *(f"extern template void {prefill_launch(row)}{PREFILL_ARGUMENTS};" for row in rows),
+        f"inline constexpr void (*kPrefillLaunches[]){PREFILL_ARGUMENTS} = {{",
         *(f"    {prefill_launch(row)}," for row in rows),
         "};",
-    ]
-
-
-def prefill_source(rows: list[Row]) -> list[str]:
-    """Of one head size."""
-    arguments = "(Stream, const AttentionProblem&, const PrefillShape&)"
-    return [
-        *(MADE_BY, '#include "ops/attention/prefill_launch.cuh"', "", "namespace kestrel::cuda {"),
-        *(f"template void {prefill_launch(row)}{arguments};" for row in rows),
-        "}",
     ]
 
 
@@ -115,9 +106,8 @@ def decode_compiled(rows: list[Row], pairs: list[tuple[str, str]]) -> list[str]:
 
 def decode_launches(rows: list[Row]) -> list[str]:
     """By tile, merge and types of queries and keys."""
-    arguments = "(Stream, DecodeArgs&, const DecodePlan&)"
-    lines = [f"extern template void {launch}{arguments};" for launch in decode_compiled(rows, PAIRS)]
-    lines.append(f"inline constexpr void (*kDecodeLaunches[][kMerges][{len(PAIRS)}]){arguments} = {{")
+    lines = [f"extern template void {launch}{DECODE_ARGUMENTS};" for launch in decode_compiled(rows, PAIRS)]
+    lines.append(f"inline constexpr void (*kDecodeLaunches[][kMerges][{len(PAIRS)}]){DECODE_ARGUMENTS} = {{")
     for row in rows:
         lines.append("    {")
         lines += [f"        {{{', '.join(decode_launch(row, merge, pair) for pair in PAIRS)}}}," for merge in MERGES]
@@ -125,11 +115,11 @@ def decode_launches(rows: list[Row]) -> list[str]:
     return [*lines, "};"]
 
 
-def decode_source(rows: list[Row], pair: tuple[str, str]) -> list[str]:
-    arguments = "(Stream, DecodeArgs&, const DecodePlan&)"
+def source(include: str, launches: Sequence[str], arguments: str) -> list[str]:
+    """Of these kernels."""
     return [
-        *(MADE_BY, '#include "ops/attention/decode_tiles.cuh"', "", "namespace kestrel::cuda {"),
-        *(f"template void {launch}{arguments};" for launch in decode_compiled(rows, [pair])),
+        *(MADE_BY, f'#include "ops/attention/{include}"', "", "namespace kestrel::cuda {"),
+        *(f"template void {launch}{arguments};" for launch in launches),
         "}",
     ]
 
@@ -157,9 +147,11 @@ def main(folder: Path) -> None:
         "compiled_decode.h": header(["decode_args.h"], "kestrel::cuda", decode_launches(decode)),
     }
     for size in {row["head_size"]: None for row in prefill}:
-        files[f"prefill_{size}.cu"] = prefill_source([row for row in prefill if row["head_size"] == size])
+        launches = [prefill_launch(row) for row in prefill if row["head_size"] == size]
+        files[f"prefill_{size}.cu"] = source("prefill_launch.cuh", launches, PREFILL_ARGUMENTS)
     for pair in PAIRS:
-        files[f"decode_{'_'.join(dict.fromkeys(pair))}.cu"] = decode_source(decode, pair)
+        launches = decode_compiled(decode, [pair])
+        files[f"decode_{'_'.join(dict.fromkeys(pair))}.cu"] = source("decode_tiles.cuh", launches, DECODE_ARGUMENTS)
     write(folder / "ops/attention", files)
 
 

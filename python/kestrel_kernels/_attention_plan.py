@@ -10,13 +10,13 @@ from kestrel_kernels import _library
 Plan = dict[str, Any]
 H200_SMS = 132
 
+# Both in the order in which C++ numbers them.
 _KEYS = {
     "boxes": "keys in boxes of the copy engine",
     "rows": "keys row by row",
     "e4m3": "keys row by row, converted to fp16",
 }
-_MERGES = ("block", "cluster", "grid")  # as C++ numbers them
-_SOURCES = ("boxes", "rows", "e4m3")
+_MERGES = ("block", "cluster", "grid")
 
 
 def attention_plan(
@@ -59,7 +59,7 @@ def _compiled(plan: Plan, query: str, key: str, head_size: int) -> str:
         tile = f"DecodeTile<{', '.join(map(str, of))}>"
         return f"decode_kernel<{f'Simple<{tile}>' if plan['simple'] else tile}>"
     if "keys" in plan:
-        of = ["f16" if key == "e4m3" else query, query, plan["head_size"], _SOURCES.index(plan["keys"])]
+        of = ["f16" if key == "e4m3" else query, query, plan["head_size"], list(_KEYS).index(plan["keys"])]
         of += [plan[name] for name in ("most_groups", "stages", "query_slots")]
         return f"prefill_kernel<PrefillTile<{', '.join(map(str, of))}>>"
     lanes = 8 if head_size <= 64 else 16 if head_size <= 128 else 32
