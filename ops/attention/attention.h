@@ -34,7 +34,7 @@ struct AttentionOptions {
   // Hints to the kernels of the GPU; on the CPU every result is batch invariant.
   int64_t num_splits = 0;  // 0: chosen by the library
   // Only the newest so many keys may still be being written by the kernel before, which then must not be one that lets
-  // its successor start before its own wait (linear, MoE).
+  // its successor start before its own wait (norms, linear, MoE).
   std::optional<int64_t> fresh_tokens = {};
   bool batch_invariant = false;
   std::optional<Tensor> workspace = {};  // for CUDA, u8, attention_workspace_bytes() or more at a multiple of 16, with

@@ -47,4 +47,5 @@ void flat(Stream stream, Tensor out, std::optional<Tensor> lse, std::optional<Te
 KESTREL_EXPORT_AS(flash_attn_func, flat<kestrel::Face::kFunc>);
 KESTREL_EXPORT_AS(flash_attn_varlen_func, flat<kestrel::Face::kVarlen>);
 KESTREL_EXPORT_AS(flash_attn_with_kvcache, flat<kestrel::Face::kKvCache>);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_workspace_bytes, kestrel::attention_workspace_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(last_attention_kernel, [] { return tvm::ffi::String(kestrel::last_attention_kernel()); });
