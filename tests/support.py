@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from typing import Any
 
 import ml_dtypes
@@ -124,6 +125,16 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, dtype: str, slack: fl
         where = np.unravel_index(np.argmin(good), good.shape)
         count = good.size - int(good.sum())
         raise AssertionError(f"{count} of {good.size} differ, first at {where}: {actual[where]} != {expected[where]}")
+
+
+def assert_replays_repeat(graph: Any, *pairs: tuple[Any, Any]) -> None:
+    """A thousand replays of torch's graph write into the first of each pair what the second holds."""
+    differ = pairs[0][0].new_zeros((), dtype=sys.modules["torch"].bool)
+    for _ in range(1000):
+        graph.replay()
+        for written, want in pairs:
+            differ |= (written != want).any()
+    assert not differ
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:

@@ -12,6 +12,7 @@ import pytest
 from attention_oracle import attend
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kestrel_kernels import _library
 from kestrel_kernels.flash_attn import cute
 from support import BACKENDS, HALVES, HAS_JAX, Backend, assert_close, random
 
@@ -157,6 +158,30 @@ def test_features(backend: Backend, layout: str, feature: str) -> None:
     Case(lengths, options=FEATURES[feature], **LAYOUTS[layout]).check(backend)
 
 
+def draw_options(
+    draw: Any, batch: int, q_heads: int, *, most_prefix: int, most_side: int, one_in: int = 2
+) -> dict[str, Any]:
+    """Of a `Case`: causal or not, each of the others in one of so many examples."""
+
+    def wanted() -> bool:
+        return bool(draw(st.integers(1, one_in)) == one_in)
+
+    options: dict[str, Any] = {"causal": draw(st.booleans())}
+    if wanted():
+        prefix = st.integers(0, most_prefix)
+        options["prefix_len"] = draw(prefix | st.lists(prefix, min_size=batch, max_size=batch))
+    if wanted():
+        side = st.none() | st.integers(-1, most_side)
+        options["window_size"] = draw(st.tuples(side, side))
+    if wanted():
+        options["softcap"] = draw(st.floats(0.5, 20.0))
+    if wanted():
+        options["learnable_sink"] = random((q_heads,)).astype(np.float32)
+    if wanted():
+        options |= {"k_scale": 0.25, "v_scale": 1.5}
+    return options
+
+
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), backend=st.sampled_from(BACKENDS))
 def test_combinations(data: st.DataObject, backend: Backend) -> None:
@@ -168,20 +193,7 @@ def test_combinations(data: st.DataObject, backend: Backend) -> None:
         (draw(st.integers(0, 40)) if "packed" in layout else len_q, draw(st.integers(0, 150))) for _ in range(batch)
     ]
     k_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
-    options: dict[str, Any] = {"causal": draw(st.booleans())}
-    if draw(st.booleans()):
-        options["prefix_len"] = draw(
-            st.integers(0, 160) | st.lists(st.integers(0, 160), min_size=batch, max_size=batch)
-        )
-    if draw(st.booleans()):
-        side = st.none() | st.integers(-1, 90)
-        options["window_size"] = draw(st.tuples(side, side))
-    if draw(st.booleans()):
-        options["softcap"] = draw(st.floats(0.5, 20.0))
-    if draw(st.booleans()):
-        options["learnable_sink"] = random((k_heads * group,)).astype(np.float32)
-    if draw(st.booleans()):
-        options |= {"k_scale": 0.25, "v_scale": 1.5}
+    options = draw_options(draw, batch, k_heads * group, most_prefix=160, most_side=90)
     settings_of = dict(LAYOUTS[layout])
     if "page_size" in settings_of:
         settings_of["page_size"] = draw(st.integers(1, 20))
@@ -325,6 +337,10 @@ def test_large_scores(backend: Backend) -> None:
     # fp32 scores near 1e4 are off by 1e-3, and so, relatively, are the weights.
     assert_close(backend.numpy(out)[0], want, "bfloat16", slack=0.1)
     assert_close(backend.numpy(lse)[0], want_lse, "float32", slack=5e-3)
+
+
+def test_workspace_bytes() -> None:
+    assert _library.load().attention_workspace_bytes() == cute.WORKSPACE_BYTES
 
 
 def test_defaults() -> None:

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kestrel_kernels import kv_cache_write
 from kestrel_kernels.flash_attn import cute
-from support import BACKENDS, HALVES, Backend, random
-from test_attention import Case
+from support import BACKENDS, HALVES, Backend, assert_replays_repeat
+from test_attention import Case, draw_options
 
 LENGTHS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300]
 SPLIT = "FlashAttentionDecodeSm90PersistentSplitFused"
@@ -27,20 +26,7 @@ def test_combinations(data: st.DataObject, backend: Backend) -> None:
     lengths = [(len_q, draw(st.sampled_from(LENGTHS))) for _ in range(draw(st.integers(1, 4)))]
     group = draw(st.sampled_from([1, 1, 2, 3, 4, 8, 9, 64]))
     k_heads = draw(st.sampled_from([1, 2, 3, 4, 8] if group < 64 else [1]))
-    options: dict[str, Any] = {"causal": draw(st.booleans())}
-    if draw(st.integers(0, 3)) == 0:
-        options["prefix_len"] = draw(
-            st.integers(0, 160) | st.lists(st.integers(0, 160), min_size=len(lengths), max_size=len(lengths))
-        )
-    if draw(st.integers(0, 2)) == 0:
-        side = st.none() | st.integers(-1, 140)
-        options["window_size"] = draw(st.tuples(side, side))
-    if draw(st.integers(0, 3)) == 0:
-        options["softcap"] = draw(st.floats(0.5, 20.0))
-    if draw(st.integers(0, 3)) == 0:
-        options["learnable_sink"] = random((k_heads * group,)).astype(np.float32)
-    if draw(st.integers(0, 3)) == 0:
-        options |= {"k_scale": 0.25, "v_scale": 1.5}
+    options = draw_options(draw, len(lengths), k_heads * group, most_prefix=160, most_side=140, one_in=3)
     case = Case(
         lengths, (k_heads * group, k_heads), draw(st.sampled_from([16, 64, 64, 72, 80, 96, 128, 128])),
         draw(st.sampled_from(HALVES)), draw(st.sampled_from([None, None, "float8_e4m3fn"])),
@@ -121,11 +107,7 @@ def test_replays(backend: Backend, batch: int, room: int, options: dict[str, Any
             scores = torch.einsum("hd,thd->ht", q[i, 0], k) / 8
             true = torch.einsum("ht,thd->hd", scores.softmax(1), v)
             assert (out[i, 0] - true).abs().max() <= 0.01 * max(1.0, float(true.abs().max()))
-    differ = torch.zeros((), dtype=torch.bool, device="cuda")
-    for _ in range(1000):
-        graph.replay()
-        differ |= (out != want).any() | (lse != want_lse).any()
-    assert not differ
+    assert_replays_repeat(graph, (out, want), (lse, want_lse))
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (9, 3)])

@@ -11,8 +11,8 @@ from attention_oracle import attend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kestrel_kernels.flash_attn import cute
-from support import BACKENDS, CUDA_BACKENDS, HALVES, Backend, assert_close, random
-from test_attention import Case
+from support import BACKENDS, CUDA_BACKENDS, HALVES, Backend, assert_close, assert_replays_repeat, random
+from test_attention import Case, draw_options
 
 KERNEL = "FlashAttentionFwd"
 pytestmark = pytest.mark.skipif(not CUDA_BACKENDS, reason="a kernel of CUDA")
@@ -79,21 +79,9 @@ def test_combinations(data: st.DataObject, backend: Backend) -> None:
         (draw(st.integers(17, 200)) if "packed_q" in source else len_q, draw(st.integers(0, 500))) for _ in range(batch)
     ]
     k_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
-    options: dict[str, Any] = {"causal": draw(st.booleans())}
-    if draw(st.booleans()):
-        prefix = st.integers(0, 450)
-        options["prefix_len"] = draw(prefix | st.lists(prefix, min_size=batch, max_size=batch))
-    if draw(st.booleans()):
-        side = st.none() | st.integers(-1, 300)
-        options["window_size"] = draw(st.tuples(side, side))
-    if draw(st.booleans()):
-        options["softcap"] = draw(st.floats(0.5, 20.0))
-    if draw(st.booleans()):
-        options["learnable_sink"] = random((k_heads * group,)).astype(np.float32)
+    options = draw_options(draw, batch, k_heads * group, most_prefix=450, most_side=300)
     if draw(st.booleans()):
         options["softmax_scale"] = draw(st.sampled_from([-0.1, 0.0, 0.05, 0.3]))
-    if draw(st.booleans()):
-        options |= {"k_scale": 0.25, "v_scale": 1.5}
     Case(
         lengths, (k_heads * group, k_heads), draw(st.sampled_from([64, 64, 72, 128])), draw(st.sampled_from(HALVES)),
         spare=draw(st.integers(0, 70)), options=options, seed=draw(st.integers(0, 99)), **source,
@@ -178,11 +166,7 @@ def test_replays(backend: Backend, problem: str, paged: bool, kv_dtype: str) -> 
         graph.replay()
         want, want_lse = attend_once()
         assert torch.equal(out, want) and torch.equal(lse, want_lse)
-    differ = torch.zeros((), dtype=torch.bool, device="cuda")
-    for _ in range(1000):
-        graph.replay()
-        differ |= (out != want).any() | (lse != want_lse).any()
-    assert not differ
+    assert_replays_repeat(graph, (out, want), (lse, want_lse))
 
 
 def test_replays_of_packed_sequences(backend: Backend) -> None:
@@ -210,11 +194,7 @@ def test_replays_of_packed_sequences(backend: Backend) -> None:
         for first, last in itertools.pairwise(ends):
             true, _ = attend(*(backend.numpy(x[first:last]) for x in (q, k, v)), causal=True)
             assert_close(backend.numpy(out[first:last]), true, "bfloat16", slack=2.0**-6)
-    differ = torch.zeros((), dtype=torch.bool, device="cuda")
-    for _ in range(1000):
-        graph.replay()
-        differ |= (out != want).any() | (lse != want_lse).any()
-    assert not differ
+    assert_replays_repeat(graph, (out, want), (lse, want_lse))
 
 
 def test_lengths_out_of_range(backend: Backend) -> None:
