@@ -12,6 +12,7 @@ struct Fp8QuantArgs {
   Tensor out_bits, x;
   Tensor out_scale;          // kRow, kTensor
   Value<float> given_scale;  // kGiven
+  bool settled = false;      // kRow: x and what the outputs replace are older than the preceding kernel
 };
 
 }  // namespace kestrel

@@ -82,8 +82,9 @@ struct RowArgs {
 template <int kLanes>
 constexpr int kRowThreads = kLanes > kWarp ? kLanes : 64;
 
-// kLanes threads of a row, kVectors vectors of 8 of each thread: all loads are issued at once.
-template <class T, int kLanes, int kVectors>
+// kLanes threads of a row, kVectors vectors of 8 of each thread: all loads are issued at once. kSettled: beside the
+// preceding kernel, which is waited for at the end alone, for those that follow.
+template <class T, int kLanes, int kVectors, bool kSettled>
 __global__ void __launch_bounds__(kRowThreads<kLanes>) fp8_quant_row_kernel(const __grid_constant__ RowArgs<T> args) {
   constexpr int kRows = kRowThreads<kLanes> / kLanes;
   const int lane = threadIdx.x % kLanes, width = static_cast<int>(args.width);
@@ -92,9 +93,12 @@ __global__ void __launch_bounds__(kRowThreads<kLanes>) fp8_quant_row_kernel(cons
   const T* x_row = args.x + row * args.x_stride;
   e4m3* out_row = args.out + row * args.out_stride;
   compute_now(x_row);
-  wait_for_predecessor();
+  if constexpr (!kSettled) wait_for_predecessor();
   release_successor();
-  if (row >= args.rows) return;  // whole warps
+  if (row >= args.rows) {  // whole warps
+    if constexpr (kSettled) wait_for_predecessor();
+    return;
+  }
   Vec<T, 8> x[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -118,6 +122,7 @@ __global__ void __launch_bounds__(kRowThreads<kLanes>) fp8_quant_row_kernel(cons
     compute_now(bits.words[1]);
     if (column(v) < width) store(out_row + column(v), bits);
   }
+  if constexpr (kSettled) wait_for_predecessor();
 }
 
 template <class T, int kVec>
@@ -253,9 +258,11 @@ bool vectors_fit(const Tensor& t) {
 }
 
 template <class T, int kLanes, int kVectors>
-void run_row(Stream stream, const RowArgs<T>& args) {
+void run_row(Stream stream, const RowArgs<T>& args, bool settled) {
   constexpr int kBlock = kRowThreads<kLanes>;
-  launch<fp8_quant_row_kernel<T, kLanes, kVectors>>(stream, {ceil_div(args.rows, kBlock / kLanes), kBlock}, args);
+  const LaunchShape shape{ceil_div(args.rows, kBlock / kLanes), kBlock};
+  settled ? launch<fp8_quant_row_kernel<T, kLanes, kVectors, true>>(stream, shape, args)
+          : launch<fp8_quant_row_kernel<T, kLanes, kVectors, false>>(stream, shape, args);
 }
 
 template <class T, int kVec>
@@ -281,11 +288,14 @@ void choose_row(Stream stream, const Fp8QuantArgs& a) {
   if (!vectors_fit<T, 8>(a.x) || !vectors_fit<e4m3, 8>(a.out_bits) || args.width % 8 != 0)
     return run_row_reload<T, 1>(stream, args);
   const bool few = args.rows <= kFewRows;
-  if (args.width <= 256) return run_row<T, 32, 1>(stream, args);
-  if (args.width <= 1024) return few ? run_row<T, 128, 1>(stream, args) : run_row<T, 32, 4>(stream, args);
-  if (args.width <= 2048) return few ? run_row<T, 256, 1>(stream, args) : run_row<T, 64, 4>(stream, args);
-  if (args.width <= 4096) return few ? run_row<T, 256, 2>(stream, args) : run_row<T, 128, 4>(stream, args);
-  if (args.width <= 8192) return run_row<T, 256, 4>(stream, args);
+  if (args.width <= 256) return run_row<T, 32, 1>(stream, args, a.settled);
+  if (args.width <= 1024)
+    return few ? run_row<T, 128, 1>(stream, args, a.settled) : run_row<T, 32, 4>(stream, args, a.settled);
+  if (args.width <= 2048)
+    return few ? run_row<T, 256, 1>(stream, args, a.settled) : run_row<T, 64, 4>(stream, args, a.settled);
+  if (args.width <= 4096)
+    return few ? run_row<T, 256, 2>(stream, args, a.settled) : run_row<T, 128, 4>(stream, args, a.settled);
+  if (args.width <= 8192) return run_row<T, 256, 4>(stream, args, a.settled);
   run_row_reload<T, 8>(stream, args);
 }
 

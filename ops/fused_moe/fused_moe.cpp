@@ -226,6 +226,7 @@ void run(const Steps& step, const Layer& layer, char* memory) {
     if (s.fp8 && step.takes_few(few_up)) up = few_up;
   } else {
     step(align);
+    quantize.settled = true;  // the alignment has triggered after its wait
   }
   if (up.x_scale && assignments > 0) step(quantize);
   step(up);
