@@ -153,6 +153,10 @@ void run(const Steps& step, const Layer& layer, char* memory) {
   args.num_tokens_post_pad = static_cast<const int32_t*>(align.total);
   args.block_m = s.block_m;
   args.positions = std::min(align.sorted_size, align.expert_ids_size * s.block_m);
+  args.ids = align.ids;
+  args.ids_stride = align.ids_stride;
+  args.expert_map = align.expert_map;
+  args.routed = s.experts;
 
   MoeArgs up = args;
   up.x = layer.x.data;
@@ -175,7 +179,8 @@ void run(const Steps& step, const Layer& layer, char* memory) {
   down.topk_weights = layer.topk_weights;
   down.topk_weights_stride = layer.topk_weights_stride;
   down.reduce = true;
-  down.workspace = Tensor(memory + l.work, DType::kU8, {l.parts_bytes}, device);
+  down.parts = layer.out.dtype;
+  down.workspace = Tensor(memory + l.work, DType::kU8, {std::max(l.gated_bytes, l.parts_bytes)}, device);
   down.width = s.hidden;
   down.depth = s.inner;
   down.tile = layer.down_tile;
@@ -207,12 +212,7 @@ void run(const Steps& step, const Layer& layer, char* memory) {
   // At few tokens the products list the experts themselves, from the routing, and at very few, up quantizes x. Up
   // triggers after its wait: when down starts, the routing is complete and is read before down's own wait.
   MoeArgs few_up = up, few_down = down;
-  for (MoeArgs* few : {&few_up, &few_down}) {
-    few->ids = align.ids;
-    few->ids_stride = align.ids_stride;
-    few->expert_map = align.expert_map;
-    few->routed = s.experts;
-  }
+  few_up.sorted_token_ids = few_down.sorted_token_ids = nullptr;
   few_up.settled = s.fp8;  // the quantization has triggered after its wait
   few_down.settled = true;
   if (step.takes_few(few_up) && step.takes_few(few_down)) {

@@ -64,8 +64,5 @@ void launch_moe_warp(Stream stream, const MoeArgs& args, const MoeWarpPlan& plan
 // down with reduce, in one kernel
 template <class T>
 void launch_moe_warp_sum(Stream stream, const MoeArgs& args, const MoeWarpPlan& plan);
-// The sums of the parts that launch_moe_warp wrote for `product`, of the assignments that it lists.
-template <class T>
-void launch_moe_parts_sum(Stream stream, const MoeArgs& args, const MoeArgs& product, const MoeWarpPlan& plan);
 
 }  // namespace kestrel::cuda
