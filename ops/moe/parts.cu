@@ -1,7 +1,7 @@
 // A thread adds 16 bytes of a token's parts, eight slots ahead. Where the routing is not known, the first column of
 // each part is marked before the product, with a NaN that no arithmetic makes.
 #include "kestrel/hopper/pdl.cuh"
-#include "kestrel/hopper/vec.cuh"
+#include "kestrel/hopper/tma.cuh"
 #include "kestrel/launch.h"
 #include "ops/moe/parts.h"
 #include "ops/moe/warp_items.cuh"
@@ -54,7 +54,13 @@ __global__ void __launch_bounds__(kThreads) sum_parts_kernel(const __grid_consta
   for (uint32_t base = 0; base < args.slots; base += kAhead) {
     Vec<Part, kVec> part[kAhead];
 #pragma unroll
-    for (uint32_t k = 0; k < kAhead; ++k) part[k] = load<kVec>(row(min(base + k, args.slots - 1)) + column);
+    for (uint32_t k = 0; k < kAhead; ++k) {
+      const Part* const from = row(min(base + k, args.slots - 1)) + column;
+      if constexpr (kVec > 1)
+        part[k] = load_last<kVec>(from);
+      else
+        part[k] = load<kVec>(from);
+    }
     const uint32_t slot = base + threadIdx.x % kAhead;
     bool there = slot < args.slots;
     if (there) {
