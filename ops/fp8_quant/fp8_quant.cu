@@ -6,7 +6,6 @@
 
 #include "kestrel/hopper/divide.cuh"
 #include "kestrel/hopper/pdl.cuh"
-#include "kestrel/hopper/tma.cuh"
 #include "kestrel/hopper/value.cuh"
 #include "kestrel/launch.h"
 #include "ops/fp8_quant/args.h"
@@ -31,8 +30,8 @@ template <int kLanes>
 constexpr int kRowThreads = kLanes > kWarp ? kLanes : 64;
 
 // kLanes threads of a row, kEach elements of each thread: all loads are issued at once. kSettled: beside the preceding
-// kernel, which is waited for at the end alone, for those that follow. fp32, of fused_moe alone, which nobody reads
-// again: the next kernel is released at once.
+// kernel, which is waited for at the end alone, for those that follow. fp32 is of fused_moe alone, whose next kernel
+// knows what it may read: released at once.
 template <class T, int kLanes, int kEach, bool kSettled>
 __global__ void __launch_bounds__(kRowThreads<kLanes>) fp8_quant_row_kernel(const __grid_constant__ RowArgs<T> args) {
   constexpr int kRows = kRowThreads<kLanes> / kLanes, kVec = kVec16<T>, kVectors = kEach / kVec;
@@ -53,7 +52,7 @@ __global__ void __launch_bounds__(kRowThreads<kLanes>) fp8_quant_row_kernel(cons
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     x[v] = {};
-    if (column(v) < width) x[v] = sizeof(T) == 4 ? load_last<kVec>(x_row + column(v)) : load<kVec>(x_row + column(v));
+    if (column(v) < width) x[v] = load<kVec>(x_row + column(v));
   }
   uint32_t magnitude = warp_max(absmax(x));
   if constexpr (kLanes > kWarp) {
