@@ -116,8 +116,6 @@ std::optional<FewRowsPlan> plan_of(const LinearArgs& a) {
                           : by_rows                   ? WeightCopy::kRows
                                                       : WeightCopy::kBox;
   if (rows <= 8) {
-    if (slabs > 5 && slabs <= 9 && tiles > sms && tiles <= 2 * sms)  // 3072 x 576: 1.72 us, with 9 warps 1.82
-      if (auto plan = lay_out(a, {kFourSteps, 5, copy, 2 * sms, kRingOfTwo, kHalfShared})) return plan;
     if (slabs <= 9 && tiles > sms)  // 1 x 49152 x 576: 13.4 us, with two blocks on an SM 13.9
       if (auto plan = lay_out(a, {kLightKernel, 9, copy, 3 * sms, kRingOfThree, kThirdShared})) return plan;
     if (slabs > 36 && slabs <= 128 && tiles <= sms)  // 2048 x 8192: 8.50 us, x in shared memory 8.75

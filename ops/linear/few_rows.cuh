@@ -15,14 +15,9 @@
 namespace kestrel::cuda {
 
 template <class T>
-struct FewRowsArgs {
-  CUtensorMap map;  // of w; unset for WeightCopy::kRows
-  T* out;
-  const T *x, *w, *bias, *residual;
-  int64_t out_stride, x_stride, w_stride, residual_stride;
-  uint32_t rows, columns, depth;  // columns of out
-  LinearActivation kind;
+struct FewRowsArgs : FewRowsOperands<T> {
   FewRowsPlan plan;
+  CUtensorMap map;  // of w; unset for WeightCopy::kRows
 };
 
 // Whether a kernel is for plain sums: its code is half as long then, and what runs after the wait is read from memory.
@@ -290,21 +285,7 @@ CUtensorMap weight_map(const LinearArgs& a, const FewRowsPlan& plan) {
 
 template <class T>
 void launch_few_rows(Stream stream, const LinearArgs& a, const FewRowsPlan& plan) {
-  FewRowsArgs<T> args{{},
-                      a.out.ptr<T>(),
-                      a.x.ptr<T>(),
-                      a.w.ptr<T>(),
-                      a.b ? a.b->ptr<T>() : nullptr,
-                      a.residual ? a.residual->ptr<T>() : nullptr,
-                      a.out_rows.inner_stride,
-                      a.x_rows.inner_stride,
-                      a.w.stride[0],
-                      a.residual_rows.inner_stride,
-                      static_cast<uint32_t>(a.out_rows.count),
-                      static_cast<uint32_t>(a.columns),
-                      static_cast<uint32_t>(a.depth),
-                      a.activation,
-                      plan};
+  FewRowsArgs<T> args{FewRowsOperands<T>(a), plan, {}};
   if (plan.copy != WeightCopy::kRows) args.map = weight_map<T>(a, plan);
   [&]<int... kKernels>(std::integer_sequence<int, kKernels...>) {
     ((plan.kernel == kKernels ? launch_kernel<T, kKernels>(stream, args) : void()), ...);

@@ -11,6 +11,31 @@ namespace kestrel::cuda {
 // False where another way is faster, or the only one: nothing is launched then.
 bool few_rows(Stream stream, const LinearArgs& args);
 
+// What both kernels work on.
+template <class T>
+struct FewRowsOperands {
+  T* out;
+  const T *x, *w, *bias, *residual;
+  int64_t out_stride, x_stride, w_stride, residual_stride;
+  uint32_t rows, columns, depth;  // columns of out
+  LinearActivation kind;
+
+  explicit FewRowsOperands(const LinearArgs& a)
+      : out(a.out.ptr<T>()),
+        x(a.x.ptr<T>()),
+        w(a.w.ptr<T>()),
+        bias(a.b ? a.b->ptr<T>() : nullptr),
+        residual(a.residual ? a.residual->ptr<T>() : nullptr),
+        out_stride(a.out_rows.inner_stride),
+        x_stride(a.x_rows.inner_stride),
+        w_stride(a.w.stride[0]),
+        residual_stride(a.residual_rows.inner_stride),
+        rows(static_cast<uint32_t>(a.out_rows.count)),
+        columns(static_cast<uint32_t>(a.columns)),
+        depth(static_cast<uint32_t>(a.depth)),
+        kind(a.activation) {}
+};
+
 // The kernels compiled, for each dtype: how many groups of 8 rows of x, where x is kept, and the consumer warps.
 enum class InputPlace {
   kRegisters,  // for `steps` granules of a tile's depth or fewer
@@ -30,7 +55,6 @@ inline constexpr FewRowsKernel kFewRowsKernels[] = {
     {1, InputPlace::kRegisters, 8, 16, 1},
 };
 inline constexpr int kLightKernel = 0;  // of few registers, up to 16 warps
-inline constexpr int kFourSteps = 1;
 inline constexpr int kDeepKernel = 6;
 inline constexpr int kFewRowsKernelCount = sizeof(kFewRowsKernels) / sizeof(FewRowsKernel);
 
