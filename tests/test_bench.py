@@ -297,12 +297,28 @@ def test_readme_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "no pair of markers" in capsys.readouterr().err
 
 
-def test_readme_is_up_to_date() -> None:
-    tool = load_tool("readme_table")
-    readme = ROOT / "README.md"
-    if not readme.exists() or tool.BEGIN not in readme.read_text():
-        pytest.skip("no table in the README yet")
-    assert tool.main(["--check"]) == 0
+def test_readme_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    load_tool("readme_table")
+    tool = load_tool("readme_plot")
+    file = tmp_path / "h200.json"
+    rows = [row(), row(case="64x1024", us=2.0), row("moe_up", "1 fp8 E64 H2048 I1024 k8", 12.0, peers={})]
+    results.write(file, {"gpu": "NVIDIA H200", "rows": [*rows, row(HOST_TIME, "layernorm 1x2048", 3.4)]})
+    command = ["--results", str(file)]
+    assert tool.main([*command, "--check"]) == 1
+    assert tool.main(command) == 0
+    assert tool.main([*command, "--check"]) == 0
+    picture = (tmp_path / "h200.svg").read_text()
+    assert "NVIDIA H200: 3 cases" in picture and "moe_up" in picture
+    results.write(file, {"gpu": "NVIDIA H200", "rows": [row(us=0.9)]})
+    assert tool.main([*command, "--check"]) == 1
+    assert "out of date" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["readme_table", "readme_plot"])
+def test_readme_is_up_to_date(name: str) -> None:
+    load_tool("readme_table")
+    assert load_tool(name).main(["--check"]) == 0
 
 
 def test_check_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 // With KESTREL_DELAYS, a build for tests, one warp in eight comes up to 4 us late to a barrier, to the wait for the
-// kernel before or to the release of the next: an order that only happened to hold breaks. Otherwise nothing.
+// kernel before or to the release of the next: an order that only happened to hold breaks. A lane that arrives alone
+// sleeps alone, and the others of its warp do not wait for it until something brings them together. Otherwise nothing.
 #pragma once
 
 #include <cstdint>

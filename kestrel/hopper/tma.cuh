@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "kestrel/hopper/vec.cuh"
+
 namespace kestrel {
 
 // cp.async.bulk: contiguous bytes, a multiple of 16.
@@ -100,6 +102,18 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int kPending>
 __device__ __forceinline__ void wait_copy_groups() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ld.global.v4 of what nobody reads again: it leaves L2 before others do.
+template <int kSize, class T>
+__device__ __forceinline__ Vec<T, kSize> load_last(const T* from) {
+  static_assert(Vec<T, kSize>::kBytes == 16);
+  Vec<T, kSize> v;
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+               : "l"(from), "l"(kEvictFirst)
+               : "memory");
+  return v;
 }
 
 // st.global.v4 with a policy for L2

@@ -51,6 +51,7 @@ struct Group {
   __device__ __forceinline__ void skip(bool in_turn) {
     const Stage at{next++};
     wait(at);
+    __syncwarp();  // or the arrivals of the first lane may leave others behind, until the barrier is two phases on
     release(at);
     if (in_turn) {
       wait_turn();

@@ -7,67 +7,14 @@
 #include "kestrel/hopper/divide.cuh"
 #include "kestrel/hopper/pdl.cuh"
 #include "kestrel/hopper/value.cuh"
-#include "kestrel/hopper/vec.cuh"
-#include "kestrel/hopper/warp.cuh"
 #include "kestrel/launch.h"
-#include "ops/fp8_quant/absmax.cuh"
 #include "ops/fp8_quant/args.h"
+#include "ops/fp8_quant/quantize.cuh"
 
 namespace kestrel::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-// The larger of each half; of a number and NaN the number.
-template <class T>
-__device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
-  using Pair = std::conditional_t<dtype_of<T> == DType::kBF16, __nv_bfloat162, __half2>;
-  const Pair result = __hmax2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
-  return reinterpret_cast<const uint32_t&>(result);
-}
-
-// The largest magnitude, less NaN, as its bits, which are ordered like the values.
-template <class T, int kVectors>
-__device__ __forceinline__ uint32_t absmax(const Vec<T, 8> (&x)[kVectors]) {
-  uint32_t partial[4] = {};
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-    for (int w = 0; w < 4; ++w) partial[w] = larger<T>(partial[w], x[v].words[w] & 0x7fff7fff);
-  }
-  const uint32_t all = larger<T>(larger<T>(partial[0], partial[1]), larger<T>(partial[2], partial[3]));
-  return max(all & 0xffff, all >> 16);
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t absmax(T x) {
-  return larger<T>(0, x.bits & 0x7fff);
-}
-
-// max(a / 448, 1e-6), the quotient rounded once: 1/448 in two parts gives the bits of the division for every bf16 and
-// f16 whose quotient is above 1e-6 (tried for all of them), in two instructions and without a branch; Inf stays Inf.
-template <class T>
-__device__ __forceinline__ float scale_of(uint32_t magnitude) {
-  constexpr float kHigh = 0x1.249248p-9f, kLow = 0x1.24924ap-33f;
-  const float a = to_float(T{static_cast<uint16_t>(magnitude)});
-  return fmaxf(__fmaf_rn(a, kHigh, __fmul_rn(a, kLow)), kSmallestScale);
-}
-
-// 1 / scale, rounded once, for a scale as scale_of() gives it: one step of Newton, as the division by ptxas has it, but
-// for Inf without its branch. (No such scale or reciprocal is subnormal, and none is NaN.)
-__device__ __forceinline__ float reciprocal_of(float scale) {
-  const float r = fast_reciprocal(scale);
-  return scale == INFINITY ? 0.0f : __fmaf_rn(r, __fmaf_rn(-scale, r, 1.0f), r);
-}
-
-template <class T, int kSize>
-__device__ __forceinline__ Vec<e4m3, kSize> quantize(const Vec<T, kSize>& x, float reciprocal) {
-  float f[kSize];
-  to_floats(x, f);
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) f[i] = __fmul_rn(f[i], reciprocal);
-  return from_floats<e4m3>(f);
-}
 
 template <class T>
 struct RowArgs {
@@ -82,26 +29,32 @@ struct RowArgs {
 template <int kLanes>
 constexpr int kRowThreads = kLanes > kWarp ? kLanes : 64;
 
-// kLanes threads of a row, kVectors vectors of 8 of each thread: all loads are issued at once.
-template <class T, int kLanes, int kVectors>
+// kLanes threads of a row, kEach elements of each thread: all loads are issued at once. kSettled: beside the preceding
+// kernel, which is waited for at the end alone, for those that follow. fp32 is of fused_moe alone, whose next kernel
+// knows what it may read: released at once.
+template <class T, int kLanes, int kEach, bool kSettled>
 __global__ void __launch_bounds__(kRowThreads<kLanes>) fp8_quant_row_kernel(const __grid_constant__ RowArgs<T> args) {
-  constexpr int kRows = kRowThreads<kLanes> / kLanes;
+  constexpr int kRows = kRowThreads<kLanes> / kLanes, kVec = kVec16<T>, kVectors = kEach / kVec;
   const int lane = threadIdx.x % kLanes, width = static_cast<int>(args.width);
   const int64_t row = blockIdx.x * int64_t{kRows} + threadIdx.x / kLanes;
-  const auto column = [&](int v) { return (lane + v * kLanes) * 8; };
+  const auto column = [&](int v) { return (lane + v * kLanes) * kVec; };
   const T* x_row = args.x + row * args.x_stride;
   e4m3* out_row = args.out + row * args.out_stride;
   compute_now(x_row);
-  wait_for_predecessor();
+  if constexpr (sizeof(T) == 4) release_successor();
+  if constexpr (!kSettled) wait_for_predecessor();
   release_successor();
-  if (row >= args.rows) return;  // whole warps
-  Vec<T, 8> x[kVectors];
+  if (row >= args.rows) {  // whole warps
+    if constexpr (kSettled) wait_for_predecessor();
+    return;
+  }
+  Vec<T, kVec> x[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     x[v] = {};
-    if (column(v) < width) x[v] = load<8>(x_row + column(v));
+    if (column(v) < width) x[v] = load<kVec>(x_row + column(v));
   }
-  uint32_t magnitude = warp_max(absmax<T>(x));
+  uint32_t magnitude = warp_max(absmax(x));
   if constexpr (kLanes > kWarp) {
     __shared__ uint32_t warps[kLanes / kWarp];
     if (lane % kWarp == 0) warps[lane / kWarp] = magnitude;
@@ -113,15 +66,16 @@ __global__ void __launch_bounds__(kRowThreads<kLanes>) fp8_quant_row_kernel(cons
   if (lane == 0) args.scale[row] = scale;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    Vec<e4m3, 8> bits = quantize(x[v], reciprocal);
-    compute_now(bits.words[0]);  // here, so that the store alone is conditional, without a branch
-    compute_now(bits.words[1]);
+    Vec<e4m3, kVec> bits = quantize(x[v], reciprocal);
+    compute_now(bits);  // here, so that the store alone is conditional, without a branch
     if (column(v) < width) store(out_row + column(v), bits);
   }
+  if constexpr (kSettled) wait_for_predecessor();
 }
 
 template <class T, int kVec>
 __global__ void __launch_bounds__(1024) fp8_quant_row_reload_kernel(const __grid_constant__ RowArgs<T> args) {
+  if constexpr (sizeof(T) == 4) release_successor();
   wait_for_predecessor();
   release_successor();
   const int64_t first = threadIdx.x * kVec, step = blockDim.x * kVec;
@@ -130,12 +84,8 @@ __global__ void __launch_bounds__(1024) fp8_quant_row_reload_kernel(const __grid
     e4m3* out = args.out + row * args.out_stride;
     uint32_t magnitude = 0;
     for (int64_t i = first; i < args.width; i += step) {
-      if constexpr (kVec == 8) {
-        const Vec<T, 8> vector[1] = {load<8>(x + i)};
-        magnitude = max(magnitude, absmax<T>(vector));
-      } else {
-        magnitude = max(magnitude, absmax<T>(x[i]));
-      }
+      const Vec<T, kVec> vector[1] = {load<kVec>(x + i)};
+      magnitude = max(magnitude, absmax(vector));
     }
     const float scale = scale_of<T>(block_max(magnitude)), reciprocal = reciprocal_of(scale);
     if (threadIdx.x == 0) args.scale[row] = scale;
@@ -194,7 +144,7 @@ __global__ void __launch_bounds__(kThreads) fp8_quant_absmax_kernel(const __grid
   }
   wait_for_predecessor();
   release_successor();
-  raise<T>(args.out_scale, absmax<T>(x));
+  raise<T>(args.out_scale, absmax(x));
 }
 
 // kBehindAbsmax: the blocks go backwards over x, whose end is what L2 holds of a tensor too large for it.
@@ -231,7 +181,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t element = (blockIdx.x * int64_t{kAbsmaxElements} + i) * kThreads + threadIdx.x;
     if (element >= args.elements) break;
     const int64_t row = element / args.width, column = element % args.width;
-    magnitude = max(magnitude, absmax<T>(args.x[row * args.x_stride + column]));
+    const Vec<T, 1> x[1] = {load<1>(args.x + row * args.x_stride + column)};
+    magnitude = max(magnitude, absmax(x));
   }
   raise<T>(args.out_scale, magnitude);
 }
@@ -252,10 +203,13 @@ bool vectors_fit(const Tensor& t) {
   return kestrel::vectors_fit<T, kSize>(t, {t.shape[0], 1, t.shape[0] > 1 ? t.stride[0] : 0, 0});
 }
 
-template <class T, int kLanes, int kVectors>
-void run_row(Stream stream, const RowArgs<T>& args) {
+template <class T, int kLanes, int kEach>
+void run_row(Stream stream, const RowArgs<T>& args, bool settled) {
   constexpr int kBlock = kRowThreads<kLanes>;
-  launch<fp8_quant_row_kernel<T, kLanes, kVectors>>(stream, {ceil_div(args.rows, kBlock / kLanes), kBlock}, args);
+  const LaunchShape shape{ceil_div(args.rows, kBlock / kLanes), kBlock};
+  if constexpr (sizeof(T) == 2)
+    if (settled) return launch<fp8_quant_row_kernel<T, kLanes, kEach, true>>(stream, shape, args);
+  launch<fp8_quant_row_kernel<T, kLanes, kEach, false>>(stream, shape, args);
 }
 
 template <class T, int kVec>
@@ -278,15 +232,19 @@ void choose_row(Stream stream, const Fp8QuantArgs& a) {
                         a.x.shape[0],
                         a.x.shape[1]};
   if (args.rows == 0) return;
-  if (!vectors_fit<T, 8>(a.x) || !vectors_fit<e4m3, 8>(a.out_bits) || args.width % 8 != 0)
+  constexpr int kVec = kVec16<T>;
+  if (!vectors_fit<T, kVec>(a.x) || !vectors_fit<e4m3, kVec>(a.out_bits) || args.width % kVec != 0)
     return run_row_reload<T, 1>(stream, args);
   const bool few = args.rows <= kFewRows;
-  if (args.width <= 256) return run_row<T, 32, 1>(stream, args);
-  if (args.width <= 1024) return few ? run_row<T, 128, 1>(stream, args) : run_row<T, 32, 4>(stream, args);
-  if (args.width <= 2048) return few ? run_row<T, 256, 1>(stream, args) : run_row<T, 64, 4>(stream, args);
-  if (args.width <= 4096) return few ? run_row<T, 256, 2>(stream, args) : run_row<T, 128, 4>(stream, args);
-  if (args.width <= 8192) return run_row<T, 256, 4>(stream, args);
-  run_row_reload<T, 8>(stream, args);
+  if (args.width <= 256) return run_row<T, 32, 8>(stream, args, a.settled);
+  if (args.width <= 1024)
+    return few ? run_row<T, 128, 8>(stream, args, a.settled) : run_row<T, 32, 32>(stream, args, a.settled);
+  if (args.width <= 2048)
+    return few ? run_row<T, 256, 8>(stream, args, a.settled) : run_row<T, 64, 32>(stream, args, a.settled);
+  if (args.width <= 4096)
+    return few ? run_row<T, 256, 16>(stream, args, a.settled) : run_row<T, 128, 32>(stream, args, a.settled);
+  if (args.width <= 8192) return run_row<T, 256, 32>(stream, args, a.settled);
+  run_row_reload<T, kVec>(stream, args);
 }
 
 template <class T>
@@ -333,10 +291,14 @@ void choose_flat(Stream stream, const Fp8QuantArgs& a) {
 }  // namespace
 
 void fp8_quant(Stream stream, const Fp8QuantArgs& args) {
-  // One long row: all blocks share it, which is the whole tensor's way.
-  const bool row = args.mode == Fp8Scale::kRow && (args.x.shape[0] != 1 || args.x.shape[1] <= 32768);
-  dispatch<bf16, f16>(args.x.dtype,
-                      [&]<class T>() { row ? choose_row<T>(stream, args) : choose_flat<T>(stream, args); });
+  dispatch<bf16, f16, float>(args.x.dtype, [&]<class T>() {
+    if constexpr (sizeof(T) == 2) {
+      // One long row: all blocks share it, which is the whole tensor's way.
+      if (args.mode != Fp8Scale::kRow || (args.x.shape[0] == 1 && args.x.shape[1] > 32768))
+        return choose_flat<T>(stream, args);
+    }
+    choose_row<T>(stream, args);
+  });
 }
 
 }  // namespace kestrel::cuda

@@ -8,7 +8,6 @@
 #include "kestrel/cpu/target.h"
 #include "kestrel/cuda.h"
 #include "ops/fp8_quant/args.h"
-#include "ops/fused_moe/requantize.h"
 #include "ops/moe/moe.h"
 #include "ops/moe/operands.h"
 #include "ops/moe_align/args.h"
@@ -17,7 +16,6 @@
 KESTREL_CPU_TWIN(moe_align, void(const kestrel::MoeAlignArgs& args));
 KESTREL_CPU_TWIN(fp8_quant, void(const kestrel::Fp8QuantArgs& args));
 KESTREL_CPU_TWIN(moe, void(const kestrel::MoeArgs& args));
-KESTREL_CPU_TWIN(requantize, void(const kestrel::RequantizeArgs& args));
 
 namespace kestrel {
 namespace cuda {
@@ -25,7 +23,6 @@ void moe_align(Stream stream, const MoeAlignArgs& args);
 void fp8_quant(Stream stream, const Fp8QuantArgs& args);
 void moe(Stream stream, const MoeArgs& args);
 bool moe_warp_takes(const MoeArgs& args);
-void requantize(Stream stream, const RequantizeArgs& args);
 }  // namespace cuda
 
 namespace {
@@ -96,10 +93,6 @@ struct Steps {
     if (on_cpu) return cpu::moe(args);
     if constexpr (kHasCuda) cuda::moe(stream, args);
   }
-  void operator()(const RequantizeArgs& args) const {
-    if (on_cpu) return cpu::requantize(args);
-    if constexpr (kHasCuda) cuda::requantize(stream, args);
-  }
   bool takes_few(const MoeArgs& args) const {
     if constexpr (kHasCuda) return !on_cpu && cuda::moe_warp_takes(args);
     return false;
@@ -153,6 +146,10 @@ void run(const Steps& step, const Layer& layer, char* memory) {
   args.num_tokens_post_pad = static_cast<const int32_t*>(align.total);
   args.block_m = s.block_m;
   args.positions = std::min(align.sorted_size, align.expert_ids_size * s.block_m);
+  args.ids = align.ids;
+  args.ids_stride = align.ids_stride;
+  args.expert_map = align.expert_map;
+  args.routed = s.experts;
 
   MoeArgs up = args;
   up.x = layer.x.data;
@@ -169,50 +166,45 @@ void run(const Steps& step, const Layer& layer, char* memory) {
   MoeArgs down = args;
   down.out = layer.out;
   down.out_rows = layer.out_rows;
-  down.x = memory + l.mid;
-  down.x_rows = {assignments, assignments, l.mid_stride, 0};
   down.panel[0] = layer.down;
   down.topk_weights = layer.topk_weights;
   down.topk_weights_stride = layer.topk_weights_stride;
   down.reduce = true;
-  down.workspace = Tensor(memory + l.work, DType::kU8, {l.parts_bytes}, device);
+  down.parts = layer.out.dtype;
+  down.workspace = Tensor(memory + l.work, DType::kU8, {std::max(l.gated_bytes, l.parts_bytes)}, device);
   down.width = s.hidden;
   down.depth = s.inner;
   down.tile = layer.down_tile;
 
-  const auto mid_scale = reinterpret_cast<float*>(memory + l.mid_scale);
+  // The rows of `x` as e4m3 in the workspace, which `product` then takes.
+  const auto quantized = [&](const Tensor& x, int64_t stride, int64_t bits, int64_t scale, MoeArgs* product) {
+    const Tensor scales(memory + scale, DType::kF32, {x.shape[0]}, device);
+    Fp8QuantArgs q{
+        Fp8Scale::kRow, Tensor(memory + bits, DType::kE4M3, {x.shape[0], x.shape[1]}, device), x, scales, {}};
+    q.out_bits.stride[0] = stride;
+    product->x = q.out_bits.data;
+    product->x_rows = {x.shape[0], x.shape[0], stride, 0};
+    product->x_scale = scales.ptr<float>();
+    return q;
+  };
+  Fp8QuantArgs quantize{}, requantize{};
   if (s.fp8) {
     up.out = Tensor(memory + l.work, DType::kF32, {assignments, s.inner}, device);
-    up.out_rows = {assignments, assignments, l.gated_stride, 0};
-    down.x_scale = mid_scale;
+    up.out.stride[0] = l.gated_stride;
+    quantize = quantized(layer.x, l.x_stride, l.x, l.x_scale, &up);
+    requantize = quantized(up.out, l.mid_stride, l.mid, l.mid_scale, &down);
   } else {
     up.out = Tensor(memory + l.mid, layer.dtype, {assignments, s.inner}, device);
-    up.out_rows = down.x_rows;
+    up.out.stride[0] = l.mid_stride;
+    down.x = up.out.data;
+    down.x_rows = {assignments, assignments, l.mid_stride, 0};
   }
-
-  Fp8QuantArgs quantize{};
-  if (s.fp8) {
-    const auto scale = reinterpret_cast<float*>(memory + l.x_scale);
-    quantize = {Fp8Scale::kRow,
-                Tensor(memory + l.x, DType::kE4M3, {s.tokens, s.hidden}, device),
-                layer.x,
-                Tensor(scale, DType::kF32, {s.tokens}, device),
-                {}};
-    quantize.out_bits.stride[0] = l.x_stride;
-    up.x = quantize.out_bits.data;
-    up.x_rows = {s.tokens, s.tokens, l.x_stride, 0};
-    up.x_scale = scale;
-  }
+  up.out_rows = {assignments, assignments, up.out.stride[0], 0};
 
   // At few tokens the products list the experts themselves, from the routing, and at very few, up quantizes x. Up
   // triggers after its wait: when down starts, the routing is complete and is read before down's own wait.
   MoeArgs few_up = up, few_down = down;
-  for (MoeArgs* few : {&few_up, &few_down}) {
-    few->ids = align.ids;
-    few->ids_stride = align.ids_stride;
-    few->expert_map = align.expert_map;
-    few->routed = s.experts;
-  }
+  few_up.sorted_token_ids = few_down.sorted_token_ids = nullptr;
   few_up.settled = s.fp8;  // the quantization has triggered after its wait
   few_down.settled = true;
   if (step.takes_few(few_up) && step.takes_few(few_down)) {
@@ -226,12 +218,11 @@ void run(const Steps& step, const Layer& layer, char* memory) {
     if (s.fp8 && step.takes_few(few_up)) up = few_up;
   } else {
     step(align);
+    quantize.settled = true;  // the alignment has triggered after its wait
   }
   if (up.x_scale && assignments > 0) step(quantize);
   step(up);
-  if (s.fp8)
-    step(RequantizeArgs{reinterpret_cast<e4m3*>(memory + l.mid), mid_scale, up.out.ptr<float>(), l.mid_stride,
-                        l.gated_stride, assignments, s.inner});
+  if (s.fp8) step(requantize);
   step(down);
 }
 

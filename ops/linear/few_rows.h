@@ -11,6 +11,31 @@ namespace kestrel::cuda {
 // False where another way is faster, or the only one: nothing is launched then.
 bool few_rows(Stream stream, const LinearArgs& args);
 
+// What both kernels work on.
+template <class T>
+struct FewRowsOperands {
+  T* out;
+  const T *x, *w, *bias, *residual;
+  int64_t out_stride, x_stride, w_stride, residual_stride;
+  uint32_t rows, columns, depth;  // columns of out
+  LinearActivation kind;
+
+  explicit FewRowsOperands(const LinearArgs& a)
+      : out(a.out.ptr<T>()),
+        x(a.x.ptr<T>()),
+        w(a.w.ptr<T>()),
+        bias(a.b ? a.b->ptr<T>() : nullptr),
+        residual(a.residual ? a.residual->ptr<T>() : nullptr),
+        out_stride(a.out_rows.inner_stride),
+        x_stride(a.x_rows.inner_stride),
+        w_stride(a.w.stride[0]),
+        residual_stride(a.residual_rows.inner_stride),
+        rows(static_cast<uint32_t>(a.out_rows.count)),
+        columns(static_cast<uint32_t>(a.columns)),
+        depth(static_cast<uint32_t>(a.depth)),
+        kind(a.activation) {}
+};
+
 // The kernels compiled, for each dtype: how many groups of 8 rows of x, where x is kept, and the consumer warps.
 enum class InputPlace {
   kRegisters,  // for `steps` granules of a tile's depth or fewer
@@ -21,17 +46,21 @@ struct FewRowsKernel {
   int groups;
   InputPlace input;
   int steps;
-  int warps;   // at most
-  int blocks;  // on an SM at least, by their registers
+  int warps;           // at most
+  int blocks;          // on an SM at least, by their registers
+  bool apart = false;  // of WeightCopy::kRows alone: a thread takes chunks q and q + 4 of a slab
 };
 inline constexpr FewRowsKernel kFewRowsKernels[] = {
-    {1, InputPlace::kRegisters, 2, 16, 2}, {1, InputPlace::kRegisters, 4, 9, 2}, {1, InputPlace::kShared, 1, 9, 2},
-    {2, InputPlace::kRegisters, 2, 12, 2}, {2, InputPlace::kRegisters, 4, 8, 2}, {2, InputPlace::kStreamed, 4, 8, 1},
-    {1, InputPlace::kRegisters, 8, 16, 1},
+    {1, InputPlace::kRegisters, 2, 16, 2}, {1, InputPlace::kRegisters, 4, 9, 2},
+    {1, InputPlace::kShared, 1, 9, 2},     {2, InputPlace::kRegisters, 2, 12, 2},
+    {2, InputPlace::kRegisters, 4, 8, 2},  {2, InputPlace::kStreamed, 4, 8, 1},
+    {1, InputPlace::kRegisters, 8, 16, 1}, {2, InputPlace::kRegisters, 4, 8, 2, true},
 };
 inline constexpr int kLightKernel = 0;  // of few registers, up to 16 warps
-inline constexpr int kFourSteps = 1;
 inline constexpr int kDeepKernel = 6;
+inline constexpr int kApartKernel = 7;
+// Between the rows of a granule in shared memory, beside its own bytes.
+constexpr uint32_t row_gap(const FewRowsKernel& kernel) { return kernel.apart ? 64 : 16; }
 inline constexpr int kFewRowsKernelCount = sizeof(kFewRowsKernels) / sizeof(FewRowsKernel);
 
 // How a granule of weights is fetched.

@@ -16,18 +16,9 @@
 
 namespace kestrel::cuda {
 
-template <class T>
-struct HeldWeightsArgs {
-  T* out;
-  const T *x, *w, *bias, *residual;
-  int64_t out_stride, x_stride, w_stride, residual_stride;
-  uint32_t rows, columns;  // columns of out
-  LinearActivation kind;
-};
-
 template <class T, int kDepth, int kGroups, bool kPlain>
 __global__ void __launch_bounds__(held_warps(kDepth) * kWarp, kGroups* held_steps(kDepth) <= 2 ? 2 : 1)
-    held_weights_kernel(const __grid_constant__ HeldWeightsArgs<T> args) {
+    held_weights_kernel(const __grid_constant__ FewRowsOperands<T> args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   release_successor();
   constexpr int kSteps = held_steps(kDepth), kWarps = held_warps(kDepth);
@@ -128,18 +119,7 @@ __global__ void __launch_bounds__(held_warps(kDepth) * kWarp, kGroups* held_step
 
 template <class T>
 void launch_held_weights(Stream stream, const LinearArgs& a, const HeldWeightsPlan& plan) {
-  const HeldWeightsArgs<T> args{a.out.ptr<T>(),
-                                a.x.ptr<T>(),
-                                a.w.ptr<T>(),
-                                a.b ? a.b->ptr<T>() : nullptr,
-                                a.residual ? a.residual->ptr<T>() : nullptr,
-                                a.out_rows.inner_stride,
-                                a.x_rows.inner_stride,
-                                a.w.stride[0],
-                                a.residual_rows.inner_stride,
-                                static_cast<uint32_t>(a.out_rows.count),
-                                static_cast<uint32_t>(a.columns),
-                                a.activation};
+  const FewRowsOperands<T> args(a);
   const auto run = [&]<int kDepth, int kGroups>() {
     const LaunchShape shape{plan.blocks, held_warps(kDepth) * kWarp, 1, plan.shared_bytes};
     if (a.activation == LinearActivation::kNone)

@@ -2,9 +2,7 @@
 // and a warp four sums for each: four columns, or two of both panels under a gate. Lanes share the depth, so weights
 // and activations come in 16 bytes a lane (8 of e4m3), whole lines a warp; the sums of all lanes are joined by one
 // exchange that leaves one value in each lane. Their order depends on depth and alignment alone. Bound by the
-// conversions and FMAs of CUDA cores at many rows, at few by reading the weights. A sum over experts goes through fp32
-// parts [T*K, columns] in the workspace, zero where no assignment wrote, a chunk of columns at a time: zeros, products,
-// sums in order.
+// conversions and FMAs of CUDA cores at many rows, at few by reading the weights.
 #include <algorithm>
 
 #include "kestrel/hopper/pdl.cuh"
@@ -12,6 +10,7 @@
 #include "kestrel/hopper/warp.cuh"
 #include "kestrel/launch.h"
 #include "ops/activation/gate.cuh"
+#include "ops/moe/parts.h"
 #include "ops/moe/tile.h"
 #include "ops/moe/warp.h"
 #include "ops/moe/wgmma.h"
@@ -172,43 +171,8 @@ __global__ void __launch_bounds__(kThreads) moe_kernel(const __grid_constant__ P
   }
 }
 
-struct ZeroArgs {
-  float* parts;
-  int64_t count;
-};
-
-__global__ void __launch_bounds__(kThreads) zero_kernel(const __grid_constant__ ZeroArgs args) {
-  wait_for_predecessor();
-  release_successor();
-  const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
-  if (i < args.count) args.parts[i] = 0;
-}
-
-template <class Out>
-struct SumArgs {
-  Out* out;
-  const float* parts;  // [tokens * slots, columns]
-  Rows out_rows;
-  int64_t columns, slots;
-};
-
-template <class Out>
-__global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ SumArgs<Out> args) {
-  wait_for_predecessor();
-  release_successor();
-  const int64_t element = blockIdx.x * int64_t{kThreads} + threadIdx.x;
-  const int64_t token = element / args.columns, column = element % args.columns;
-  if (token >= args.out_rows.count) return;
-  const float* part = args.parts + token * args.slots * args.columns + column;
-  float sum = 0;
-#pragma unroll 4
-  for (int64_t k = 0; k < args.slots; ++k, part += args.columns) sum += *part;
-  args.out[args.out_rows.offset(token) + column] = from_float<Out>(sum);
-}
-
-// Columns [first, first + columns) of each panel, to out as the kernel sees it.
 template <class T, class Out>
-void multiply(Stream stream, const MoeArgs& a, Out* out, const Rows& out_rows, int64_t first, int64_t columns) {
+void multiply(Stream stream, const MoeArgs& a) {
   constexpr int kVec = sizeof(T) == 1 ? 8 : kVec16<T>;
   const int64_t groups_per_block = ceil_div(a.block_m, kRows);
   const int64_t groups = ceil_div(a.positions, a.block_m) * groups_per_block;
@@ -218,23 +182,22 @@ void multiply(Stream stream, const MoeArgs& a, Out* out, const Rows& out_rows, i
   Panel<T> panels[2]{};
   for (int i = 0; i < a.panels; ++i) {
     const ExpertWeights& w = a.panel[i];
-    panels[i] = {static_cast<const T*>(w.data) + first * w.row_stride, w.scale ? w.scale + first : nullptr,
-                 w.expert_stride, w.row_stride, w.scale_stride};
+    panels[i] = {static_cast<const T*>(w.data), w.scale, w.expert_stride, w.row_stride, w.scale_stride};
     vectors =
         vectors && aligned_to(w.data, kVec * sizeof(T)) && w.expert_stride % kVec == 0 && w.row_stride % kVec == 0;
   }
-  const int64_t out_columns = a.panels == 2 && !a.gate ? 2 * columns : columns;
-  const ProductArgs<T, Out> args{out,
+  const int64_t out_columns = a.panels == 2 && !a.gate ? 2 * a.width : a.width;
+  const ProductArgs<T, Out> args{a.out.ptr<Out>(),
                                  static_cast<const T*>(a.x),
                                  a.x_scale,
                                  panels[0],
                                  panels[1],
                                  a.topk_weights,
                                  a.topk_weights_stride,
-                                 out_rows,
+                                 a.out_rows,
                                  a.x_rows,
                                  out_columns,
-                                 columns,
+                                 a.width,
                                  a.depth,
                                  a.sorted_token_ids,
                                  a.expert_ids,
@@ -253,29 +216,10 @@ void multiply(Stream stream, const MoeArgs& a, Out* out, const Rows& out_rows, i
 }
 
 template <class T, class Out>
-void reduce(Stream stream, const MoeArgs& a) {
-  const int64_t assignments = a.assignments();
-  const auto parts = a.workspace->ptr<float>();
-  const int64_t fit = a.workspace->shape[0] / (4 * std::max<int64_t>(assignments, 1));
-  const int64_t width = assignments == 0 ? a.width : std::min(fit, a.width);
-  for (int64_t first = 0; first < a.width; first += width) {
-    const int64_t columns = std::min(width, a.width - first);
-    if (assignments > 0) {
-      const ZeroArgs zero{parts, assignments * columns};
-      launch<zero_kernel>(stream, {ceil_div(zero.count, kThreads), kThreads}, zero);
-      multiply<T, float>(stream, a, parts, Rows{assignments, assignments, columns, 0}, first, columns);
-    }
-    const SumArgs<Out> sum{a.out.ptr<Out>() + first, parts, a.out_rows, columns, a.slots};
-    launch<sum_kernel<Out>>(stream, {ceil_div(a.tokens * columns, kThreads), kThreads}, sum);
-  }
-}
-
-template <class T, class Out>
 void run(Stream stream, const MoeArgs& a) {
-  if (a.reduce)
-    reduce<T, Out>(stream, a);
-  else
-    multiply<T, Out>(stream, a, a.out.ptr<Out>(), a.out_rows, 0, a.width);
+  if (!a.reduce) return multiply<T, Out>(stream, a);
+  sum_of_parts(stream, a, DType::kF32, columns_of_parts(a, DType::kF32),
+               [&](const MoeArgs& product) { multiply<T, float>(stream, product); });
 }
 
 }  // namespace
@@ -287,7 +231,7 @@ void moe(Stream stream, const MoeArgs& args) {
   dispatch<bf16, f16, e4m3>(args.dtype, [&]<class T>() {
     if constexpr (dtype_of<T> == DType::kE4M3) {
       if (args.out.dtype == DType::kF32)  // for fused_moe
-        multiply<T, float>(stream, args, args.out.ptr<float>(), args.out_rows, 0, args.width);
+        multiply<T, float>(stream, args);
       else
         run<T, bf16>(stream, args);
     } else {

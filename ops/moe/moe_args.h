@@ -49,12 +49,13 @@ struct MoeArgs {
   int64_t block_m = 1;
   int tile = -1;  // moe_tile(), as high as block_m; -1: the kernels choose
 
-  // Of fused_moe at few tokens: the routing, of which moe_warp makes its own lists.
+  // Of fused_moe: the routing. At few tokens moe_warp makes its own lists of it: sorted_token_ids is null then.
   const int32_t* ids = nullptr;
   int64_t ids_stride = 0;
   const int32_t* expert_map = nullptr;
   int64_t routed = 0;                  // experts that ids name
   bool settled = false;                // ids, or the alignment, are older than the preceding kernel
+  DType parts = DType::kF32;           // what wgmma kernels round to before they sum; another only with ids
   std::optional<DType> quantize_from;  // with weights of e4m3 and no x_scale: what x is in, and up quantizes
 
   int64_t assignments() const { return tokens * slots; }

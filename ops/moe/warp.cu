@@ -4,6 +4,7 @@
 
 #include "kestrel/cuda.h"
 #include "kestrel/hopper/vec.cuh"
+#include "ops/moe/parts.h"
 #include "ops/moe/tile.h"
 #include "ops/moe/warp_sum.cuh"
 
@@ -50,7 +51,7 @@ bool rows_fit(const MoeArgs& a) {
 }
 
 bool lists_fit(const MoeArgs& a, int64_t count) {
-  if (a.ids) return a.assignments() <= 4096;
+  if (!a.sorted_token_ids) return a.assignments() <= 4096;
   return a.positions > 0 && aligned_to(a.sorted_token_ids, 16) && a.block_m % count == 0;
 }
 
@@ -61,11 +62,12 @@ struct ListSizes {
 ListSizes list_sizes(const MoeArgs& a, int64_t count) {
   ListSizes s{};
   const int64_t assignments = a.assignments();
-  s.candidates = a.ids ? std::min(assignments, a.experts) + assignments / count : ceil_div(a.positions, count);
-  s.words = a.ids ? ceil_div(assignments, kWarp) : 0;
+  const bool by_ids = !a.sorted_token_ids;
+  s.candidates = by_ids ? std::min(assignments, a.experts) + assignments / count : ceil_div(a.positions, count);
+  s.words = by_ids ? ceil_div(assignments, kWarp) : 0;
   s.listed_bytes = s.candidates * count * 4;
   s.items_bytes = ceil_div(16 + s.candidates * 4, 16) * 16;
-  s.bits_bytes = a.ids ? 4 * ((s.words + 1) * a.experts + assignments) : 0;
+  s.bits_bytes = by_ids ? 4 * ((s.words + 1) * a.experts + assignments) : 0;
   return s;
 }
 
@@ -173,23 +175,16 @@ std::optional<MoeWarpPlan> sum_fit(const MoeArgs& a) {
 }
 
 // Sums by way of fp32 parts in the workspace; none where they do not fit.
-std::optional<MoeArgs> product_to_parts(const MoeArgs& a) {
-  if (!a.workspace || a.workspace->shape[0] / 4 < a.assignments() * a.width || a.width % kPartsVec != 0 ||
-      a.slots > kMostPartsSlots || !a.out_rows.uniform())
-    return {};
-  MoeArgs product = a;
-  product.reduce = false;
-  product.out = Tensor(a.workspace->data, DType::kF32, {a.assignments(), a.width}, a.out.device);
-  product.out_rows = {a.assignments(), a.assignments(), a.width, 0};
-  return product;
+std::optional<MoeWarpPlan> parts_fit(const MoeArgs& a) {
+  if (columns_of_parts(a, DType::kF32) < a.width) return {};
+  return fit(product_to_parts(a, DType::kF32, 0, a.width));
 }
 
 }  // namespace
 
 bool moe_warp_takes(const MoeArgs& args) {
   if (!args.reduce || sum_fit(args)) return fit(args).has_value();
-  const auto product = product_to_parts(args);
-  return product && fit(*product);
+  return parts_fit(args).has_value();
 }
 
 bool moe_warp(Stream stream, const MoeArgs& args) {
@@ -197,11 +192,9 @@ bool moe_warp(Stream stream, const MoeArgs& args) {
   dispatch<bf16, f16, e4m3>(args.dtype, [&]<class T>() {
     if (args.reduce) {
       if (const auto plan = sum_fit(args)) return launch_moe_warp_sum<T>(stream, args, *plan);
-      if (const auto product = product_to_parts(args))
-        if (const auto plan = fit(*product)) {
-          launch_moe_warp<T>(stream, *product, *plan);
-          return launch_moe_parts_sum<T>(stream, args, *product, *plan);
-        }
+      if (const auto plan = parts_fit(args))
+        return sum_of_parts(stream, args, DType::kF32, args.width,
+                            [&](const MoeArgs& product) { launch_moe_warp<T>(stream, product, *plan); });
     } else if (const auto plan = fit(args)) {
       return launch_moe_warp<T>(stream, args, *plan);
     }

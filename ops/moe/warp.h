@@ -64,8 +64,12 @@ void launch_moe_warp(Stream stream, const MoeArgs& args, const MoeWarpPlan& plan
 // down with reduce, in one kernel
 template <class T>
 void launch_moe_warp_sum(Stream stream, const MoeArgs& args, const MoeWarpPlan& plan);
-// The sums of the parts that launch_moe_warp wrote for `product`, of the assignments that it lists.
-template <class T>
-void launch_moe_parts_sum(Stream stream, const MoeArgs& args, const MoeArgs& product, const MoeWarpPlan& plan);
+
+extern template void launch_moe_warp<bf16>(Stream, const MoeArgs&, const MoeWarpPlan&);
+extern template void launch_moe_warp<f16>(Stream, const MoeArgs&, const MoeWarpPlan&);
+extern template void launch_moe_warp<e4m3>(Stream, const MoeArgs&, const MoeWarpPlan&);
+extern template void launch_moe_warp_sum<bf16>(Stream, const MoeArgs&, const MoeWarpPlan&);
+extern template void launch_moe_warp_sum<f16>(Stream, const MoeArgs&, const MoeWarpPlan&);
+extern template void launch_moe_warp_sum<e4m3>(Stream, const MoeArgs&, const MoeWarpPlan&);
 
 }  // namespace kestrel::cuda

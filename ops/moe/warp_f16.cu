@@ -3,5 +3,4 @@
 namespace kestrel::cuda {
 template void launch_moe_warp<f16>(Stream, const MoeArgs&, const MoeWarpPlan&);
 template void launch_moe_warp_sum<f16>(Stream, const MoeArgs&, const MoeWarpPlan&);
-template void launch_moe_parts_sum<f16>(Stream, const MoeArgs&, const MoeArgs&, const MoeWarpPlan&);
 }  // namespace kestrel::cuda

@@ -3,5 +3,4 @@
 namespace kestrel::cuda {
 template void launch_moe_warp<e4m3>(Stream, const MoeArgs&, const MoeWarpPlan&);
 template void launch_moe_warp_sum<e4m3>(Stream, const MoeArgs&, const MoeWarpPlan&);
-template void launch_moe_parts_sum<e4m3>(Stream, const MoeArgs&, const MoeArgs&, const MoeWarpPlan&);
 }  // namespace kestrel::cuda

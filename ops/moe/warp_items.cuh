@@ -104,7 +104,7 @@ __device__ __forceinline__ void clear_lists(const MoeRouting& r, const MoeLists&
   for (uint32_t i = threadIdx.x; i < r.candidates * kGroups * 8; i += blockDim.x) lists.listed[i] = -1;
 }
 
-__device__ __forceinline__ int32_t expert_of(const MoeRouting& r, uint32_t token, uint32_t slot) {
+__device__ __forceinline__ int32_t expert_of(const auto& r, uint32_t token, uint32_t slot) {
   const int32_t expert = r.ids[token * r.ids_stride + slot];
   if (!r.expert_map) return expert;
   return static_cast<uint32_t>(expert) < r.routed ? r.expert_map[expert] : -1;

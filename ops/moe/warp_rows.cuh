@@ -2,8 +2,7 @@
 // scale = max(absmax / 448, 1e-6), as fp8_quant_row has them, to the bit.
 #pragma once
 
-#include "kestrel/hopper/vec.cuh"
-#include "ops/fp8_quant/absmax.cuh"
+#include "ops/fp8_quant/quantize.cuh"
 
 namespace kestrel::cuda {
 
@@ -27,28 +26,10 @@ struct RowPart {
   }
   // Returns the scale.
   __device__ __forceinline__ float quantize_to(unsigned char* row, uint32_t columns) const {
-    uint32_t most = 0;
+    const float scale = scale_of<X>(warp_max(absmax(vectors))), reciprocal = reciprocal_of(scale);
 #pragma unroll
-    for (int v = 0; v < kRowVectors; ++v) {
-      float values[kVec16<X>];
-      to_floats(vectors[v], values);
-#pragma unroll
-      for (const float value : values) {
-        const uint32_t magnitude = __float_as_uint(value) & 0x7fffffff;
-        most = max(most, magnitude > 0x7f800000 ? 0 : magnitude);
-      }
-    }
-    const float scale = fmaxf(__fdiv_rn(__uint_as_float(warp_max(most)), 448.0f), kSmallestScale);
-    const float reciprocal = __frcp_rn(scale);
-#pragma unroll
-    for (int v = 0; v < kRowVectors; ++v) {
-      if (column(v) >= columns) continue;
-      float values[kVec16<X>];
-      to_floats(vectors[v], values);
-#pragma unroll
-      for (float& value : values) value = __fmul_rn(value, reciprocal);
-      store(reinterpret_cast<e4m3*>(row) + column(v), from_floats<e4m3>(values));
-    }
+    for (int v = 0; v < kRowVectors; ++v)
+      if (column(v) < columns) store(reinterpret_cast<e4m3*>(row) + column(v), quantize(vectors[v], reciprocal));
     return scale;
   }
 };

@@ -174,98 +174,12 @@ __global__ void __launch_bounds__((kSumTeams * kMoeWarps + 1) * kWarp, 2)
 #endif
 }
 
-// Of the parts of the assignments that the product before it has listed; the lists are older than that.
-template <class Out>
-struct MoePartsArgs {
-  Out* out;
-  const float* parts;
-  int64_t out_stride;
-  MoeRouting routing;
-  Divider<uint32_t> blocks_per_token, block_m;
-  uint32_t slots, width;
-};
-
-constexpr int kPartsThreads = 128;
-constexpr int kPartsVec = 4;
-constexpr uint32_t kMostPartsSlots = 32;  // bits of a word
-
-template <class Out>
-__global__ void __launch_bounds__(kPartsThreads) moe_parts_sum_kernel(const __grid_constant__ MoePartsArgs<Out> args) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  __shared__ uint32_t listed;
-  const MoeRouting& routing = args.routing;
-  uint32_t token, piece;
-  args.blocks_per_token(blockIdx.x, &token, &piece);
-  if (threadIdx.x == 0) listed = 0;
-  __syncthreads();
-  if (routing.ids) {
-    if (threadIdx.x < args.slots) {
-      const int32_t expert = expert_of(routing, token, threadIdx.x);
-      if (static_cast<uint32_t>(expert) < routing.experts) atomicOr(&listed, 1u << threadIdx.x);
-    }
-  } else {
-    const uint32_t used = min(static_cast<uint32_t>(max(*routing.num_tokens_post_pad, 0)), routing.positions);
-    for (uint32_t i = threadIdx.x; i < used; i += kPartsThreads) {
-      uint32_t block, rest, owner, slot;
-      args.block_m(i, &block, &rest);
-      const auto assignment = static_cast<uint32_t>(routing.sorted_token_ids[i]);
-      if (assignment >= routing.assignments || static_cast<uint32_t>(routing.expert_ids[block]) >= routing.experts)
-        continue;
-      routing.slots(assignment, &owner, &slot);
-      if (owner == token) atomicOr(&listed, 1u << slot);
-    }
-  }
-  wait_for_predecessor();
-  release_successor();
-  __syncthreads();
-  const uint32_t mask = listed, column = (piece * kPartsThreads + threadIdx.x) * kPartsVec;
-  if (column >= args.width) return;
-  const float* const from = args.parts + int64_t{token} * args.slots * args.width + column;
-  float sum[kPartsVec] = {};
-  constexpr uint32_t kAhead = 8;
-  for (uint32_t first = 0; first < args.slots; first += kAhead) {
-    Vec<float, kPartsVec> part[kAhead];
-#pragma unroll
-    for (uint32_t k = 0; k < kAhead; ++k) {
-      part[k] = {};
-      if (first + k < args.slots && (mask >> (first + k) & 1))
-        part[k] = load<kPartsVec>(from + int64_t{first + k} * args.width);
-    }
-#pragma unroll
-    for (uint32_t k = 0; k < kAhead; ++k) {
-      float values[kPartsVec];
-      to_floats(part[k], values);
-#pragma unroll
-      for (int i = 0; i < kPartsVec; ++i) sum[i] += values[i];
-    }
-  }
-  Out* const to = args.out + token * args.out_stride + column;
-#pragma unroll
-  for (int i = 0; i < kPartsVec; ++i) to[i] = from_float<Out>(sum[i]);
-#endif
-}
-
 template <class W>
 void launch_moe_warp_sum(Stream stream, const MoeArgs& a, const MoeWarpPlan& plan) {
   using Out = std::conditional_t<sizeof(W) == 1, bf16, W>;
   const auto args = warp_args<W>(a, plan, a.out.ptr<Out>(), a.out_rows.inner_stride);
   const LaunchShape shape{plan.blocks, static_cast<int>((kSumTeams * plan.warps + 1) * kWarp), 1, plan.shared_bytes};
   launch<moe_warp_sum_kernel<W>>(stream, shape, args);
-}
-
-template <class W>
-void launch_moe_parts_sum(Stream stream, const MoeArgs& a, const MoeArgs& product, const MoeWarpPlan& plan) {
-  using Out = std::conditional_t<sizeof(W) == 1, bf16, W>;
-  const int64_t pieces = ceil_div(a.width, kPartsThreads * kPartsVec);
-  const MoePartsArgs<Out> args{a.out.ptr<Out>(),
-                               product.out.ptr<float>(),
-                               a.out_rows.inner_stride,
-                               routing_of(a, plan),
-                               Divider<uint32_t>(pieces),
-                               Divider<uint32_t>(a.block_m),
-                               static_cast<uint32_t>(a.slots),
-                               static_cast<uint32_t>(a.width)};
-  launch<moe_parts_sum_kernel<Out>>(stream, {a.tokens * pieces, kPartsThreads}, args);
 }
 
 }  // namespace kestrel::cuda

@@ -1,68 +1,13 @@
-// Which operands the wgmma kernels take, and by which tile; and sums over experts: parts in fp32 [T*K, columns] in the
-// workspace, a chunk of columns at a time, then their sum in order. A part that no assignment writes keeps the mark
-// that its first column got before, a NaN that no arithmetic makes.
+// Which operands the wgmma kernels take, and by which tile.
 #include <algorithm>
 
-#include "kestrel/hopper/pdl.cuh"
-#include "kestrel/hopper/vec.cuh"
 #include "kestrel/launch.h"
 #include "ops/moe/compiled_wgmma.h"
+#include "ops/moe/parts.h"
 #include "ops/moe/wgmma.h"
 
 namespace kestrel::cuda {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr uint32_t kMark = 0xffc0dead;
-
-struct MarkArgs {
-  uint32_t* parts;
-  int64_t count, columns;
-};
-
-__global__ void __launch_bounds__(kThreads) mark_kernel(const __grid_constant__ MarkArgs args) {
-  wait_for_predecessor();
-  release_successor();
-  const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
-  if (i < args.count) args.parts[i * args.columns] = kMark;
-}
-
-template <class Out>
-struct SumArgs {
-  Out* out;
-  const float* parts;  // [tokens * slots, columns]
-  Rows out_rows;
-  int64_t columns, slots;
-};
-
-// A thread has four columns of a token.
-template <class Out>
-__global__ void __launch_bounds__(kThreads) sum_parts_kernel(const __grid_constant__ SumArgs<Out> args) {
-  constexpr int kSize = 4, kAhead = 8;
-  wait_for_predecessor();
-  release_successor();
-  const int64_t vectors = args.columns / kSize, vector = blockIdx.x * int64_t{kThreads} + threadIdx.x;
-  const int64_t token = vector / vectors, column = vector % vectors * kSize;
-  if (token >= args.out_rows.count) return;
-  const float* const first = args.parts + token * args.slots * args.columns;
-  float sum[kSize] = {};
-  for (int64_t base = 0; base < args.slots; base += kAhead) {
-    Vec<float, kSize> part[kAhead];
-    uint32_t mark[kAhead];
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const float* const row = first + (base + k < args.slots ? base + k : base) * args.columns;
-      part[k] = load<kSize>(row + column);
-      mark[k] = __float_as_uint(*row);
-    }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k)
-      if (base + k < args.slots && mark[k] != kMark)
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) sum[i] += __uint_as_float(part[k].words[i]);
-  }
-  store(args.out + args.out_rows.offset(token) + column, from_floats<Out>(sum));
-}
 
 bool whole_chunks(int64_t elements, DType dtype) { return elements * size_of(dtype) % 16 == 0; }
 
@@ -111,25 +56,6 @@ void product(Stream stream, const MoeArgs& a) {
   kMoeWgmma[tile][a.dtype == DType::kBF16 ? 0 : a.dtype == DType::kF16 ? 1 : 2](stream, a);
 }
 
-template <class Out>
-void reduce(Stream stream, const MoeArgs& a, int64_t most_columns) {
-  const int64_t assignments = a.assignments();
-  const auto parts = a.workspace->ptr<float>();
-  for (int64_t first = 0; first < a.width; first += most_columns) {
-    const int64_t columns = std::min(most_columns, a.width - first);
-    const MarkArgs mark{a.workspace->ptr<uint32_t>(), assignments, columns};
-    launch<mark_kernel>(stream, {ceil_div(assignments, kThreads), kThreads}, mark);
-    MoeArgs chunk = a;
-    chunk.out = Tensor(parts, DType::kF32, {assignments, columns}, a.out.device);
-    chunk.out_rows = {assignments, assignments, columns, 0};
-    chunk.panel[0] = from_row(a.panel[0], first, a.dtype);
-    chunk.width = columns;
-    product(stream, chunk);
-    const SumArgs<Out> sum{a.out.ptr<Out>() + first, parts, a.out_rows, columns, a.slots};
-    launch<sum_parts_kernel<Out>>(stream, {ceil_div(a.tokens * (columns / 4), kThreads), kThreads}, sum);
-  }
-}
-
 }  // namespace
 
 bool moe_wgmma(Stream stream, const MoeArgs& a) {
@@ -140,12 +66,9 @@ bool moe_wgmma(Stream stream, const MoeArgs& a) {
     return true;
   }
   constexpr int64_t kLeast = 256;  // columns: less would be mostly other launches
-  const int64_t fit = a.workspace->shape[0] / (4 * a.assignments()) / kLeast * kLeast;
-  const int64_t columns = a.workspace->shape[0] / (4 * a.assignments()) >= a.width ? a.width : fit;
-  const bool aligned =
-      aligned_to(a.out.data, 8) && a.out_rows.inner_stride % 4 == 0 && a.out_rows.outer_stride % 4 == 0;
-  if (columns == 0 || !aligned) return false;
-  out == DType::kF16 ? reduce<f16>(stream, a, columns) : reduce<bf16>(stream, a, columns);
+  const int64_t fit = columns_of_parts(a, a.parts), columns = fit < a.width ? fit / kLeast * kLeast : fit;
+  if (columns == 0) return false;
+  sum_of_parts(stream, a, a.parts, columns, [&](const MoeArgs& chunk) { product(stream, chunk); });
   return true;
 }
 

@@ -459,7 +459,8 @@ def fused_moe(
 ) -> ArrayT:
     """out[t] = sum over k of topk_weights[t, k] * gate(x[t] w_upᵀ) w_downᵀ, with the weights of expert topk_ids[t, k].
 
-    The bits of a token's result depend on its own row, its weights and its experts alone.
+    The bits of a token's result depend on its own row, its weights and its experts alone. The sum is in fp32; on the
+    GPU, with many tokens, of rows that are rounded to out's dtype, as `invoke_cute_moe_down` and `moe_sum` have them.
 
     Args:
         x: `[T, H]`, bf16 or fp16.
