@@ -55,6 +55,15 @@ __device__ __forceinline__ uint32_t address_in(uint32_t address, uint32_t rank) 
   return mapped;
 }
 
+// mbarrier.arrive, at a barrier of any block of the cluster (address_in). It orders what the thread has read; of what
+// it has written, only what its own block sees.
+__device__ __forceinline__ void arrive_in_cluster(uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  come_late();
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+#endif
+}
+
 // st.shared::cluster
 __device__ __forceinline__ void store_in_cluster(uint32_t address, float4 value) {
 #if __CUDA_ARCH__ >= 900

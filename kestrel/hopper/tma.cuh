@@ -57,6 +57,16 @@ __device__ __forceinline__ void copy_box_kept(uint32_t to, const CUtensorMap* ma
       : "memory");
 }
 
+// .multicast::cluster: to that address, and counted on that barrier, in each block of the cluster whose bit is set.
+__device__ __forceinline__ void copy_box_to(uint16_t ranks, uint32_t to, const CUtensorMap* map, int c0, int c1, int c2,
+                                            int c3, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7, %8;" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(barrier), "h"(ranks), "l"(policy)
+      : "memory");
+}
+
 // cp.async.bulk.prefetch.tensor: the box to L2 alone.
 __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(c0), "r"(c1),

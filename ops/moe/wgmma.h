@@ -5,14 +5,15 @@
 
 namespace kestrel::cuda {
 
-// A compiled tile (ops/moe/tile.h). kTokens: the most rows of x. kGroups: consumer warpgroups, each with 128 rows of
-// weights (of a gate 64 of either panel). kBlocks: on an SM. kRuns: experts that the block's table holds at a time.
+// A compiled tile (ops/moe/tile.h). kTokens: the most rows of x; in large tiles 16 more than a block of the alignment
+// has, so that experts with somewhat more rows than two blocks have two tiles. kGroups: consumer warpgroups, each with
+// 128 rows of weights (of a gate 64 of either panel). kBlocks: on an SM. kRuns: experts that the block's table holds at
+// a time.
 template <int kBlockM, int kBlockN, int kNumStages>
 struct WgmmaTile {
-  static constexpr int kTokens = kBlockM, kGroups = kBlockN / 128, kStages = kNumStages;
-  static constexpr int kBlocks = kGroups == 1 ? 2 : 1, kRuns = kGroups == 1 ? 128 : 512;
-  // Results leave 32 rows at a time.
-  static_assert(kTokens % 32 == 0 && kTokens <= 128 && (kBlockN == 128 || kBlockN == 256) && kStages >= 2);
+  static constexpr int kGroups = kBlockN / 128, kTokens = kBlockM + (kGroups == 1 ? 0 : 16), kStages = kNumStages;
+  static constexpr int kBlocks = kGroups == 1 ? 2 : 1, kRuns = kGroups == 1 ? 128 : 384;
+  static_assert(kBlockM % 32 == 0 && kBlockM <= 128 && (kBlockN == 128 || kBlockN == 256) && kStages >= 2);
 };
 
 // False, with nothing done: these operands are not for it.

@@ -109,7 +109,8 @@ def candidates(dtype: str) -> Iterator[CuteMoeConfig]:
     for block_n, heights in ((128, (32, 64)), (256, (32, 64, 96, 128))):
         groups = block_n // 128
         for block_m in heights:
-            fit = ((196 if groups == 2 else 96) << 10) // (groups * 16384 + block_m * 128)
+            most_rows = block_m + (16 if groups == 2 else 0)  # of a tile: ops/moe/wgmma.h
+            fit = ((200 if groups == 2 else 96) << 10) // (groups * 16384 + most_rows * 128)
             for stages in (fit, fit - 1):
                 yield CuteMoeConfig(block_m, block_n, depth, 4 + 4 * groups, stages, dtype, "wgmma")
 
