@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kestrel_kernels import kv_cache_write
+from kestrel_kernels._attention_plan import H200_SMS, attention_plan
 from kestrel_kernels.flash_attn import cute
 from support import BACKENDS, HALVES, Backend, assert_replays_repeat
 from test_attention import Case, draw_options
@@ -50,6 +51,15 @@ def test_sizes(backend: Backend, batch: int, heads: tuple[int, int], width: int,
     if backend.device == "cpu" and batch == 40:
         lengths = lengths[:7]
     Case(lengths, heads, width, "bfloat16", kv_dtype, page_size=1, options={"causal": True}).check(backend)
+
+
+@pytest.mark.parametrize(("keys", "blocks"), [(300, 5), (430, 7), (740, 6)])
+@pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn"])
+def test_clusters(backend: Backend, kv_dtype: str | None, keys: int, blocks: int) -> None:
+    """Of as many blocks as have keys, whose shares of a row differ then."""
+    plan = attention_plan(H200_SMS, 1, 1, keys, 32, 32, 64, e4m3=kv_dtype is not None, page_size=1, causal=True)
+    assert plan["cluster"] == blocks
+    Case([(1, keys)], (32, 32), 64, "bfloat16", kv_dtype, page_size=1, options={"causal": True}).check(backend)
 
 
 class Cache:

@@ -51,7 +51,8 @@ bool set_plan(const DecodePlan& plan, int64_t k_heads, const DecodeHints& h, Dec
   const DecodeRow& tile = decode_row(plan.tile);
   a.by_row_tiles = Divider<uint32_t>(tile.heads ? 1 : ceil_div(a.rows, 8));
   a.groups = static_cast<int>(decode_groups(tile, k_heads, a.rows));
-  a.splits = plan.splits, a.share = plan.share, a.slots = plan.slots;
+  a.splits = plan.splits, a.by_splits = Divider<uint32_t>(std::max(plan.splits, 1)), a.share = plan.share,
+  a.slots = plan.slots;
   if (plan.merge != Merge::kGrid) return true;
   // Of sequences of more than 1.3 shares, twice as many parts as slots there cannot be.
   const int64_t parts = plan.slots ? 2 * plan.slots : int64_t{a.batch} * a.groups * plan.splits;

@@ -34,7 +34,8 @@ struct DecodeArgs {
 
   int batch, groups;  // groups: the blocks of one sequence, if it is not split
   int share, slots, least;
-  float4* partials;  // of the splits, in the workspace
+  Divider<uint32_t> by_splits;  // of a cluster
+  float4* partials;             // of the splits, in the workspace
   uint64_t* counters;
   Divider<uint32_t> by_row_tiles, by_group;
   uint32_t q_token, out_token;

@@ -288,11 +288,17 @@ __device__ __forceinline__ void merge_block(const DecodeArgs& a, float (&out)[Ti
   const uint32_t thread = this_thread(), lane = thread % kWarp, g = lane / 4, t = lane % 4;
   const int warp = static_cast<int>(thread / kWarp), warps = static_cast<int>(blockDim.x / kWarp);
   const float v_scale = a.has(a.kScales) && a.v_scale_at ? *a.v_scale_at : a.v_scale;
-  // Unit u lies in block u % blocks of the cluster, at u / blocks; blocks is a power of two.
-  const int blocks = kCluster ? a.splits : 1, log = kCluster ? 31 - __clz(blocks) : 0;
-  const int rank = kCluster ? static_cast<int>(cluster_rank()) : 0;
+  const int blocks = kCluster ? a.splits : 1, rank = kCluster ? static_cast<int>(cluster_rank()) : 0;
+  // A unit is four adjacent elements of a row; number u lies in block u % blocks of the cluster, at u / blocks.
+  const auto place_of = [&](uint32_t unit, uint32_t* block = nullptr) {
+    uint32_t place = unit, its_block = 0;
+    if constexpr (kCluster) a.by_splits(unit, &place, &its_block);
+    if (block) *block = its_block;
+    return place;
+  };
   const int parts = warps * blocks, count = Tile::kRows ? min(a.rows, Tile::kMostRows) : Tile::kHeads;
-  const int units = count * kRowUnits, pitch = ((units + blocks - 1) >> log) | 1, tops_pitch = count | 1;
+  const int units = count * kRowUnits, pitch = static_cast<int>(place_of(units + blocks - 1)) | 1;
+  const int tops_pitch = count | 1;
   float4* outs = shared_parts;
   float2* tops = reinterpret_cast<float2*>(shared_parts + parts * pitch);
   const int me = rank * warps + warp;
@@ -306,16 +312,18 @@ __device__ __forceinline__ void merge_block(const DecodeArgs& a, float (&out)[Ti
       constexpr int kPiece = Tile::kPiece;
       const uint32_t unit = row * kRowUnits + 2 * j / kPiece * 2 * kPiece + g * (kPiece / 4) + 2 * j % kPiece / 4;
       const float4 value = {out[j][u], out[j][2 + u], out[j + 1][u], out[j + 1][2 + u]};
-      float4* to = outs + me * pitch + (unit >> log);
+      uint32_t block;
+      float4* to = outs + me * pitch + place_of(unit, &block);
       if constexpr (kCluster)
-        store_in_cluster(address_in(shared_address(to), unit & (blocks - 1u)), value);
+        store_in_cluster(address_in(shared_address(to), block), value);
       else
         *to = value;
     }
   }
 #pragma unroll 1
-  for (uint32_t first = lane; first - lane < static_cast<uint32_t>(count) << log; first += kWarp) {
-    const uint32_t row = first >> log;
+  for (uint32_t first = lane; first - lane < static_cast<uint32_t>(count * blocks); first += kWarp) {
+    uint32_t block;
+    const uint32_t row = place_of(first, &block);
     float row_top, row_sum;
     if constexpr (Tile::kRows) {
       const float top0 = __shfl_sync(~0u, top[0], row / 2 % 4), top1 = __shfl_sync(~0u, top[1], row / 2 % 4);
@@ -330,17 +338,17 @@ __device__ __forceinline__ void merge_block(const DecodeArgs& a, float (&out)[Ti
     if (row >= static_cast<uint32_t>(count)) continue;
     float2* to = tops + me * tops_pitch + row;
     if constexpr (kCluster)
-      store_in_cluster(address_in(shared_address(to), first & (blocks - 1u)), make_float2(row_top, row_sum));
+      store_in_cluster(address_in(shared_address(to), block), make_float2(row_top, row_sum));
     else
       *to = {row_top, row_sum};
   }
 
   // 1 << part_log adjacent lanes work on a unit.
-  const int mine = (units - rank + blocks - 1) >> log, warp_units = kWarp >> a.part_log;
+  const int mine = static_cast<int>(place_of(units - rank + blocks - 1)), warp_units = kWarp >> a.part_log;
   const bool writes = (lane & ((1 << a.part_log) - 1)) == 0;
   int first = warp * warp_units, unit = first + static_cast<int>(lane >> a.part_log);
   const auto load = [&](int number) {
-    const float2 ends = tops[number * tops_pitch + static_cast<uint32_t>((unit << log) + rank) / kRowUnits];
+    const float2 ends = tops[number * tops_pitch + static_cast<uint32_t>(unit * blocks + rank) / kRowUnits];
     return Part{ends.x, ends.y, outs[number * pitch + unit]};
   };
   if constexpr (!kGrid) {
@@ -348,7 +356,7 @@ __device__ __forceinline__ void merge_block(const DecodeArgs& a, float (&out)[Ti
     find_item<Tile::kMerge>(a, &item);
     const Rows<Tile> rows(a, item.group);
     const auto target_of = [&] {
-      const uint32_t whole = (unit << log) + rank;
+      const uint32_t whole = unit * blocks + rank;
       return Target<Tile>(a, item.batch, rows, writes && unit < mine ? int(whole / kRowUnits) : Tile::kMostRows,
                           whole % kRowUnits * 4);
     };
