@@ -22,6 +22,7 @@ struct PrefillArgs {
   bool paired;   // a block's groups take long and short rows of one sequence, for launches of one wave
   bool turns;    // groups issue their products in turn
   bool fixed;    // no length comes from device memory
+  bool wide;     // e4m3 rows lie in whole 16 bytes
   bool unclean;  // rows past a sequence's keys may hold NaN
 };
 

@@ -162,22 +162,25 @@ struct Group {
     const int count = plan.s.q_len - plan.row[index], chunks = static_cast<int>(p.head_size) / 8;
     const Out* from =
         static_cast<const Out*>(p.q) + p.q_stride.at(plan.q_batch, plan.s.q_first + plan.row[index], plan.head);
-    for (int i = thread; i < kTileRows * kChunks; i += kGroupThreads) {
-      const int line = i / kChunks, chunk = i % kChunks;
-      Vec<Out, 8> v{};
-      if (line < count && chunk < chunks) v = load<8>(from + line * p.q_stride.token + chunk * 8);
-      if constexpr (!std::is_same_v<Out, T>) {
-        float values[8];
-        to_floats(v, values);
+    constexpr int kEach = (kTileRows * kChunks + kGroupThreads - 1) / kGroupThreads;
+    Vec<Out, 8> v[kEach] = {};
 #pragma unroll
-        for (float& x : values) x = fabsf(x) > 65504.0f ? copysignf(65504.0f, x) : x;  // NaN stays
-        const Vec<T, 8> halves = from_floats<T>(values);
-        store_shared(shared.query(slot(), index) + tile_offset(line, chunk),
-                     {halves.words[0], halves.words[1], halves.words[2], halves.words[3]});
-      } else {
-        store_shared(shared.query(slot(), index) + tile_offset(line, chunk),
-                     {v.words[0], v.words[1], v.words[2], v.words[3]});
-      }
+    for (int n = 0; n < kEach; ++n) {
+      const int i = n * kGroupThreads + thread, line = i / kChunks, chunk = i % kChunks;
+      if (line < count && chunk < chunks) v[n] = load<8>(from + line * p.q_stride.token + chunk * 8);
+    }
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) {
+      const int i = n * kGroupThreads + thread;
+      if (i >= kTileRows * kChunks) break;
+      float values[8];
+      to_floats(v[n], values);  // NaN stays
+#pragma unroll
+      for (float& x : values) x = fabsf(x) > 65504.0f ? copysignf(65504.0f, x) : x;
+      const Vec<T, 8> halves =
+          std::is_same_v<Out, T> ? reinterpret_cast<const Vec<T, 8>&>(v[n]) : from_floats<T>(values);
+      store_shared(shared.query(slot(), index) + tile_offset(i / kChunks, i % kChunks),
+                   {halves.words[0], halves.words[1], halves.words[2], halves.words[3]});
     }
     fence_shared_writes();
     sync();

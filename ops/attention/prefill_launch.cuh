@@ -57,6 +57,10 @@ void launch_prefill(Stream stream, const AttentionProblem& p, const PrefillShape
   a.by_page_size = Divider<uint32_t>(std::max<int64_t>(p.page_size, 1));
   a.groups = shape.groups, a.paired = shape.paired, a.turns = shape.turns && shape.groups > 1;
   a.fixed = !(p.cu_seqlens_q || p.cu_seqlens_k || p.seqused_k || p.prefix_lens);
+  const auto wide = [&](const void* data, const AttentionStrides& s) {
+    return aligned_to(data, 16) && s.batch % 16 == 0 && s.token % 16 == 0 && s.head % 16 == 0;
+  };
+  a.wide = p.head_size % 16 == 0 && wide(p.k, p.k_stride) && wide(p.v, p.v_stride);
   a.unclean = Tile::kBoxes && (p.cu_seqlens_k || p.seqused_k);
   const int64_t blocks = prefill_blocks(p, shape, sm_count());
   a.blocks = static_cast<uint32_t>(blocks);

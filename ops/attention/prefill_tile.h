@@ -62,7 +62,7 @@ struct PrefillTile {
   static constexpr int kAhead = kBoxes ? 0
                                 : kSource == KeySource::kRows
                                     ? kStages
-                                    : std::min(8, ((226 << 10) - kPagesAt) / (kPageBytes + kRawBytes + 8));
+                                    : std::min(4, ((226 << 10) - kPagesAt) / (kPageBytes + kRawBytes + 8));
   static constexpr int kRawAt = kPagesAt + kAhead * kPageBytes, kRawMissingAt = kRawAt + kAhead * kRawBytes;
   static constexpr int kSharedBytes = kRawMissingAt + (kRawBytes ? kAhead * 8 : 0) + 1024;
   static_assert(kSharedBytes <= 227 << 10);
