@@ -21,6 +21,7 @@ struct PrefillArgs {
   int groups;    // warpgroups with queries in this launch
   bool paired;   // a block's groups take long and short rows of one sequence, for launches of one wave
   bool turns;    // groups issue their products in turn
+  bool once;     // no block has more than one tile of work
   bool fixed;    // no length comes from device memory
   bool wide;     // e4m3 rows lie in whole 16 bytes
   bool unclean;  // rows past a sequence's keys may hold NaN

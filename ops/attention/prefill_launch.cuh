@@ -63,7 +63,7 @@ void launch_prefill(Stream stream, const AttentionProblem& p, const PrefillShape
   a.wide = p.head_size % 16 == 0 && wide(p.k, p.k_stride) && wide(p.v, p.v_stride);
   a.unclean = Tile::kBoxes && (p.cu_seqlens_k || p.seqused_k);
   const int64_t blocks = prefill_blocks(p, shape, sm_count());
-  a.blocks = static_cast<uint32_t>(blocks);
+  a.blocks = static_cast<uint32_t>(blocks), a.once = blocks == tiles;
   launch<prefill_kernel<Tile>>(
       stream, {blocks, (shape.groups + 1) * kGroupThreads, 1, static_cast<size_t>(Tile::kSharedBytes)}, a);
 }

@@ -13,7 +13,7 @@
 
 namespace kestrel::cuda {
 
-constexpr int kLoaderBarrier = 12;  // see Group for the others
+constexpr int kLoaderBarrier = 12;
 
 template <class Tile>
 class RowLoader {
@@ -263,6 +263,7 @@ __device__ __forceinline__ void load_by_rows(const PrefillArgs& a, const Prefill
     sync_threads(kLoaderBarrier, kGroupThreads);
     if (plan->head < 0) return;
     loader.load(*plan, next);
+    if (a.once) return wait_copies();
     if (plan->first < plan->last) next += plan->last - plan->first + 1;
     // Everybody is done with this plan's place before the next one is written there.
     sync_threads(kLoaderBarrier, kGroupThreads);
