@@ -50,7 +50,11 @@ void launch_prefill(Stream stream, const AttentionProblem& p, const PrefillShape
   // Keys and values of the heads that are worked on at a time: about half of L2.
   const int64_t bytes = 2 * p.k_len * p.head_size * size_of(p.kv_dtype) * p.k_heads / p.q_heads;
   a.section = static_cast<uint32_t>(std::clamp<int64_t>((int64_t{34} << 20) / std::max<int64_t>(bytes, 1), 1, pairs));
-  a.tiles = static_cast<uint32_t>(tiles), a.row_tiles = static_cast<uint32_t>(row_tiles);
+  const int64_t blocks = prefill_blocks(p, shape, sm_count()), rest = tiles % blocks;
+  a.parts = rest > 0 && blocks < tiles ? static_cast<uint32_t>(std::min<int64_t>(blocks / rest, shape.groups)) : 1;
+  a.whole = static_cast<uint32_t>(tiles - rest), a.tiles = static_cast<uint32_t>(tiles + rest * (a.parts - 1));
+  a.blocks = static_cast<uint32_t>(blocks), a.once = blocks == tiles;
+  a.row_tiles = static_cast<uint32_t>(row_tiles);
   a.heads = static_cast<uint32_t>(pairs);
   a.by_section_tiles = Divider<uint32_t>(row_tiles * a.section), a.by_section = Divider<uint32_t>(a.section);
   a.by_q_heads = Divider<uint32_t>(p.q_heads), a.by_group = Divider<uint32_t>(p.q_heads / p.k_heads);
@@ -62,8 +66,6 @@ void launch_prefill(Stream stream, const AttentionProblem& p, const PrefillShape
   };
   a.wide = p.head_size % 16 == 0 && wide(p.k, p.k_stride) && wide(p.v, p.v_stride);
   a.unclean = Tile::kBoxes && (p.cu_seqlens_k || p.seqused_k);
-  const int64_t blocks = prefill_blocks(p, shape, sm_count());
-  a.blocks = static_cast<uint32_t>(blocks), a.once = blocks == tiles;
   launch<prefill_kernel<Tile>>(
       stream, {blocks, (shape.groups + 1) * kGroupThreads, 1, static_cast<size_t>(Tile::kSharedBytes)}, a);
 }

@@ -15,7 +15,7 @@ constexpr int kPanelColumns = 64;
 constexpr int kPanelBytes = kTileRows * kPanelColumns * 2;
 constexpr int kGroupThreads = 128;
 constexpr int kMostGroups = 4;
-constexpr int kPlanBytes = 144;
+constexpr int kPlanBytes = 160;
 
 // T: what the products take. Out: the type of queries and output. kHead: columns of the heads, a multiple of 8.
 template <class T_, class Out_, int kHead_, KeySource kSource_, int kGroups_, int kStages_, int kQuerySlots_>
