@@ -55,12 +55,6 @@ __device__ __forceinline__ auto from_float2(float low, float high) {
   }
 }
 
-// Two e4m3, in the low 16 bits, as two f16: exact.
-__device__ __forceinline__ uint32_t to_f16x2(uint32_t pair) {
-  const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(static_cast<uint16_t>(pair), __NV_E4M3);
-  return reinterpret_cast<const uint32_t&>(halves);
-}
-
 // cvt.rn.f16x2.e4m3x2, twice: four e4m3, exactly.
 __device__ __forceinline__ void widen(uint32_t bits, uint32_t* low, uint32_t* high) {
 #if __CUDA_ARCH__ >= 890

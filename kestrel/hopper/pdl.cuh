@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kestrel/hopper/delay.cuh"
 
@@ -24,6 +25,8 @@ template <class T>
 __device__ __forceinline__ void compute_now(T& value) {
   if constexpr (sizeof(T) == 8) {
     asm volatile("" : "+l"(value));
+  } else if constexpr (std::is_same_v<T, float>) {
+    asm volatile("" : "+f"(value));
   } else {
     static_assert(sizeof(T) == 4);
     asm volatile("" : "+r"(value));

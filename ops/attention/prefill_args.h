@@ -12,8 +12,10 @@ struct PrefillArgs {
   // Boxes of 64 rows and 64 columns; with a partial last panel, others of its width.
   CUtensorMap q, k, v, q_last, k_last, v_last;
   AttentionProblem problem;
-  uint32_t blocks;     // of the grid
-  uint32_t tiles;      // blocks' worth of work, some of them perhaps empty
+  uint32_t blocks;  // of the grid
+  uint32_t tiles;   // blocks' worth of work, some of them perhaps empty
+  uint32_t whole;   // the others are parts of a block's worth, each `parts` of them: a last round less long
+  uint32_t parts;
   uint32_t row_tiles;  // of one head: of one sequence, or of all packed ones together
   uint32_t heads;      // of all sequences
   uint32_t section;    // of them, worked on side by side, so that L2 holds their keys
@@ -21,7 +23,9 @@ struct PrefillArgs {
   int groups;    // warpgroups with queries in this launch
   bool paired;   // a block's groups take long and short rows of one sequence, for launches of one wave
   bool turns;    // groups issue their products in turn
+  bool once;     // no block has more than one tile of work
   bool fixed;    // no length comes from device memory
+  bool wide;     // e4m3 rows lie in whole 16 bytes
   bool unclean;  // rows past a sequence's keys may hold NaN
 };
 

@@ -15,6 +15,8 @@
 
 namespace kestrel::cuda {
 
+constexpr int kStartBarrier = 13;  // 1 to 4, 8 to 11: see Group; 12: the row loader's
+
 // One group's accumulators and its place in the ring.
 template <class Tile>
 struct Group {
@@ -162,22 +164,25 @@ struct Group {
     const int count = plan.s.q_len - plan.row[index], chunks = static_cast<int>(p.head_size) / 8;
     const Out* from =
         static_cast<const Out*>(p.q) + p.q_stride.at(plan.q_batch, plan.s.q_first + plan.row[index], plan.head);
-    for (int i = thread; i < kTileRows * kChunks; i += kGroupThreads) {
-      const int line = i / kChunks, chunk = i % kChunks;
-      Vec<Out, 8> v{};
-      if (line < count && chunk < chunks) v = load<8>(from + line * p.q_stride.token + chunk * 8);
-      if constexpr (!std::is_same_v<Out, T>) {
-        float values[8];
-        to_floats(v, values);
+    constexpr int kEach = (kTileRows * kChunks + kGroupThreads - 1) / kGroupThreads;
+    Vec<Out, 8> v[kEach] = {};
 #pragma unroll
-        for (float& x : values) x = fabsf(x) > 65504.0f ? copysignf(65504.0f, x) : x;  // NaN stays
-        const Vec<T, 8> halves = from_floats<T>(values);
-        store_shared(shared.query(slot(), index) + tile_offset(line, chunk),
-                     {halves.words[0], halves.words[1], halves.words[2], halves.words[3]});
-      } else {
-        store_shared(shared.query(slot(), index) + tile_offset(line, chunk),
-                     {v.words[0], v.words[1], v.words[2], v.words[3]});
-      }
+    for (int n = 0; n < kEach; ++n) {
+      const int i = n * kGroupThreads + thread, line = i / kChunks, chunk = i % kChunks;
+      if (line < count && chunk < chunks) v[n] = load<8>(from + line * p.q_stride.token + chunk * 8);
+    }
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) {
+      const int i = n * kGroupThreads + thread;
+      if (i >= kTileRows * kChunks) break;
+      float values[8];
+      to_floats(v[n], values);  // NaN stays
+#pragma unroll
+      for (float& x : values) x = fabsf(x) > 65504.0f ? copysignf(65504.0f, x) : x;
+      const Vec<T, 8> halves =
+          std::is_same_v<Out, T> ? reinterpret_cast<const Vec<T, 8>&>(v[n]) : from_floats<T>(values);
+      store_shared(shared.query(slot(), index) + tile_offset(i / kChunks, i % kChunks),
+                   {halves.words[0], halves.words[1], halves.words[2], halves.words[3]});
     }
     fence_shared_writes();
     sync();
@@ -311,44 +316,49 @@ struct Group {
     see_copies();
     wgmma_fence();
     issue_values(o, weights, {next});
+    // Beside the last product: where the rows go, and all of their factors but the sums. The sink may lie far above the
+    // reference, or the reference be none.
+    const int first_query = plan.row[index];
+    Out* out = static_cast<Out*>(p.out) + p.out_stride.at(plan.q_batch, plan.s.q_first + first_query, plan.head);
+    compute_now(out);
+    const float sink = p.sink ? sink_of(p, plan.head) * kLog2e : -INFINITY;
+    float base[2], share[2], v_scale = p.v_scale_at ? *p.v_scale_at : p.v_scale;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float top = fmaxf(rows.reference[r], sink);
+      base[r] = top <= kNoReference ? 0.0f : top;
+      shrink[r] = fast_exp2(rows.reference[r] - base[r]), share[r] = fast_exp2(sink - base[r]);
+      compute_now(shrink[r]), compute_now(share[r]);
+    }
+    compute_now(v_scale);
     wgmma_wait<0>();
     release({next++});
     for (; tile >= first; --tile) skip(true);
 
-    float total[2], exact[2];  // as the weights were rounded, and not
+    float exact[2];  // sums of weights that were not rounded
+    if (!Tile::kSumsByProduct || p.lse)
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      exact[r] = rows.sum[r] + shuffle_xor(rows.sum[r], 1);
-      exact[r] += shuffle_xor(exact[r], 2);
-      total[r] = exact[r];
-      if constexpr (Tile::kSumsByProduct) total[r] = o[Tile::kHead / 2 + 2 * r];
-    }
-    finish(plan, rows, o, total, exact);
-  }
-
-  __device__ __forceinline__ void finish(const Plan& plan, const Rows2& rows, float (&o)[kOut], const float (&total)[2],
-                                         const float (&exact)[2]) {
-    const AttentionProblem& p = a.problem;
-    const float v_scale = p.v_scale_at ? *p.v_scale_at : p.v_scale;
-    const float sink = p.sink ? sink_of(p, plan.head) * kLog2e : -INFINITY;
-    const int first_query = plan.row[index], queries = plan.s.q_len;
-    float factor[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      // The sink may lie far above the reference, or the reference be none.
-      const float top = fmaxf(rows.reference[r], sink), base = top <= kNoReference ? 0.0f : top;
-      const float shrink = fast_exp2(rows.reference[r] - base), share = fast_exp2(sink - base);
-      const float sum = fmaf(total[r], shrink, share);
-      factor[r] = sum == 0.0f ? 0.0f : shrink * v_scale * fast_reciprocal(sum);
-      const int query = first_query + row_of(thread) + 8 * r;
-      if (p.lse && thread % 4 == 0 && query < queries) {
-        const float sum = fmaf(exact[r], shrink, share);
-        p.lse[p.lse_stride.at(plan.q_batch, plan.s.q_first + query, plan.head)] =
-            sum == 0.0f ? -INFINITY : fmaf(base, kLn2, logf(sum));
+      for (int r = 0; r < 2; ++r) {
+        exact[r] = rows.sum[r] + shuffle_xor(rows.sum[r], 1);
+        exact[r] += shuffle_xor(exact[r], 2);
       }
-    }
+    const int queries = plan.s.q_len - first_query;
+    if (p.lse && thread % 4 == 0)
 #pragma unroll
-    for (int i = 0; i < Tile::kHead / 2; ++i) o[i] *= factor[i / 2 % 2];
+      for (int r = 0; r < 2; ++r) {
+        const int query = row_of(thread) + 8 * r;
+        const float sum = fmaf(exact[r], shrink[r], share[r]);
+        if (query < queries)
+          p.lse[p.lse_stride.at(plan.q_batch, plan.s.q_first + first_query + query, plan.head)] =
+              sum == 0.0f ? -INFINITY : fmaf(base[r], kLn2, logf(sum));
+      }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float sum = fmaf(Tile::kSumsByProduct ? o[kOut - 4 + 2 * r] : exact[r], shrink[r], share[r]);
+      const float factor = sum == 0.0f ? 0.0f : shrink[r] * v_scale * fast_reciprocal(sum);
+#pragma unroll
+      for (int i = 2 * r; i < Tile::kHead / 2; i += 4) o[i] *= factor, o[i + 1] *= factor;
+    }
 
     // Through q's place: all of the group's products have read it.
     sync();
@@ -370,12 +380,11 @@ struct Group {
     __syncwarp();
     constexpr int kChunks = Tile::kHead / 8;  // of 16 bytes, in a line
     const int columns = static_cast<int>(p.head_size);
-    Out* out = static_cast<Out*>(p.out) + p.out_stride.at(plan.q_batch, plan.s.q_first + first_query, plan.head);
 #pragma unroll
     for (int i = lane; i < 16 * kChunks; i += 32) {
       const int line = 16 * warp() + i / kChunks, chunk = i % kChunks;
       const uint4 v = load_shared(place + tile_offset(line, chunk));
-      if (first_query + line < queries && chunk * 8 < columns)
+      if (line < queries && chunk * 8 < columns)
         *reinterpret_cast<uint4*>(out + line * p.out_stride.token + chunk * 8) = v;
     }
   }
@@ -411,6 +420,7 @@ __device__ __forceinline__ void run_group(const PrefillArgs& a, const PrefillSha
       for (int i = 0; count > 0 && i <= count; ++i) group.skip(i > 0 && i < count);
       group.write_empty(plan);
     }
+    if (a.once) return;
     fence_shared_writes();
     group.sync();
     if (group.thread == 0) arrive(shared.query_empty(slot.stage()));
@@ -418,27 +428,41 @@ __device__ __forceinline__ void run_group(const PrefillArgs& a, const PrefillSha
   }
 }
 
-// What no copy writes: the columns of ones beside the values, zeros past the columns of keys and queries.
+// What no copy writes: columns of ones beside the values, zeros past the columns of keys and queries. By the groups.
 template <class Tile>
-__device__ __forceinline__ void fill_constants(const PrefillShared<Tile>& shared) {
+__device__ __forceinline__ void fill_constants(const PrefillShared<Tile>& shared, uint32_t threads) {
   constexpr uint32_t kOne = dtype_of<typename Tile::T> == DType::kBF16 ? 0x3f803f80 : 0x3c003c00;
   const uint4 kOnes = {kOne, kOne, kOne, kOne}, kZeros = {0, 0, 0, 0};
   if constexpr (Tile::kOnesPanel) {
-    for (uint32_t i = threadIdx.x; i < Tile::kOnesBytes / 16; i += blockDim.x)
-      store_shared(shared.ones() + 16 * i, kOnes);
+    for (uint32_t i = threadIdx.x; i < Tile::kOnesBytes / 16; i += threads) store_shared(shared.ones() + 16 * i, kOnes);
   } else if constexpr (Tile::kHead % 16 != 0) {
+    // All tiles lie one after another: of queries, of keys, of values.
+    constexpr int kZeroTiles = Tile::kQuerySlots * Tile::kGroups + Tile::kStages;
     constexpr int kChunk = Tile::kLastColumns / 8, kPanel = (Tile::kPanels - 1) * kPanelBytes;
-    const auto fill = [&](uint32_t tile, uint4 v) {
-      for (uint32_t line = threadIdx.x; line < kTileRows; line += blockDim.x)
-        store_shared(tile + kPanel + line * 128 + (kChunk ^ line % 8) * 16, v);
-    };
-    for (int slot = 0; slot < Tile::kQuerySlots; ++slot)
-      for (int group = 0; group < Tile::kGroups; ++group) fill(shared.query(slot, group), kZeros);
-    for (int stage = 0; stage < Tile::kStages; ++stage) {
-      fill(shared.keys(stage), kZeros);
-      fill(shared.values(stage), kOnes);
+    for (uint32_t i = threadIdx.x; i < (kZeroTiles + Tile::kStages) * kTileRows; i += threads) {
+      const uint32_t tile = i / kTileRows, line = i % kTileRows;
+      store_shared(shared.base + tile * Tile::kTileBytes + kPanel + line * 128 + (kChunk ^ line % 8) * 16,
+                   tile < kZeroTiles ? kZeros : kOnes);
     }
   }
+}
+
+// By one thread: of several lanes each would come on its own, with a fence before it.
+template <class Tile>
+__device__ __forceinline__ void init_barriers(const PrefillShared<Tile>& shared, uint32_t groups) {
+  // Who says that a stage is full: the copy engine, each copying thread and each of its warps, or each converting warp.
+  constexpr uint32_t kWarps = kGroupThreads / 32;
+  constexpr uint32_t kFull = Tile::kBoxes ? 1 : Tile::kSource == KeySource::kRows ? kGroupThreads + kWarps : kWarps;
+  for (int i = 0; i < Tile::kStages; ++i) {
+    init_barrier(shared.full(i), kFull);
+    init_barrier(shared.empty(i), 4 * groups);
+  }
+  for (int i = 0; i < Tile::kQuerySlots; ++i) {
+    init_barrier(shared.plan_full(i), 1);
+    init_barrier(shared.query_full(i), 1);
+    init_barrier(shared.query_empty(i), groups);
+  }
+  fence_init_barrier();
 }
 
 template <class Tile>
@@ -446,34 +470,23 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) prefill_kernel(const __grid
   extern __shared__ char memory[];
   const uint32_t aligned = (shared_address(memory) + 1023) & ~1023u;
   const PrefillShared<Tile> shared{memory + (aligned - shared_address(memory)), aligned};
-  const int groups = a.groups;
-  // Who says that a stage is full: the copy engine, each copying thread and each of its warps, or each converting warp.
-  constexpr int kWarps = kGroupThreads / 32;
-  constexpr int kFull = Tile::kBoxes ? 1 : Tile::kSource == KeySource::kRows ? kGroupThreads + kWarps : kWarps;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Tile::kStages; ++i) {
-      init_barrier(shared.full(i), kFull);
-      init_barrier(shared.empty(i), 4 * groups);
-    }
-    for (int i = 0; i < Tile::kQuerySlots; ++i) {
-      init_barrier(shared.plan_full(i), 1);
-      init_barrier(shared.query_full(i), 1);
-      init_barrier(shared.query_empty(i), groups);
-    }
-    fence_init_barrier();
-  }
-  fill_constants<Tile>(shared);
-  fence_shared_writes();
-  __syncthreads();
-  if (static_cast<int>(threadIdx.x) < groups * kGroupThreads) {
+  const uint32_t groups = a.groups, group_threads = groups * kGroupThreads;
+  // The loader does not wait for the others.
+  if (threadIdx.x < group_threads) {
+    fill_constants<Tile>(shared, group_threads);
+    fence_shared_writes();
+    sync_threads(kStartBarrier, blockDim.x);
     if constexpr (Tile::kRegisters > Tile::kLoaderRegisters) take_registers<Tile::kRegisters>();
     wait_for_predecessor();
     release_successor();
     run_group<Tile>(a, shared);
   } else {
+    if (threadIdx.x == group_threads) init_barriers<Tile>(shared, groups);
+    __syncwarp();
+    arrive_threads(kStartBarrier, blockDim.x);
     if constexpr (Tile::kRegisters > Tile::kLoaderRegisters) leave_registers<Tile::kLoaderRegisters>();
     if constexpr (Tile::kBoxes) {
-      if (static_cast<int>(threadIdx.x) < groups * kGroupThreads + 32) load_by_boxes<Tile>(a, shared);
+      if (threadIdx.x < group_threads + 32) load_by_boxes<Tile>(a, shared);
     } else {
       load_by_rows<Tile>(a, shared);
     }

@@ -50,16 +50,22 @@ void launch_prefill(Stream stream, const AttentionProblem& p, const PrefillShape
   // Keys and values of the heads that are worked on at a time: about half of L2.
   const int64_t bytes = 2 * p.k_len * p.head_size * size_of(p.kv_dtype) * p.k_heads / p.q_heads;
   a.section = static_cast<uint32_t>(std::clamp<int64_t>((int64_t{34} << 20) / std::max<int64_t>(bytes, 1), 1, pairs));
-  a.tiles = static_cast<uint32_t>(tiles), a.row_tiles = static_cast<uint32_t>(row_tiles);
+  const int64_t blocks = prefill_blocks(p, shape, sm_count()), rest = tiles % blocks;
+  a.parts = rest > 0 && blocks < tiles ? static_cast<uint32_t>(std::min<int64_t>(blocks / rest, shape.groups)) : 1;
+  a.whole = static_cast<uint32_t>(tiles - rest), a.tiles = static_cast<uint32_t>(tiles + rest * (a.parts - 1));
+  a.blocks = static_cast<uint32_t>(blocks), a.once = blocks == tiles;
+  a.row_tiles = static_cast<uint32_t>(row_tiles);
   a.heads = static_cast<uint32_t>(pairs);
   a.by_section_tiles = Divider<uint32_t>(row_tiles * a.section), a.by_section = Divider<uint32_t>(a.section);
   a.by_q_heads = Divider<uint32_t>(p.q_heads), a.by_group = Divider<uint32_t>(p.q_heads / p.k_heads);
   a.by_page_size = Divider<uint32_t>(std::max<int64_t>(p.page_size, 1));
   a.groups = shape.groups, a.paired = shape.paired, a.turns = shape.turns && shape.groups > 1;
   a.fixed = !(p.cu_seqlens_q || p.cu_seqlens_k || p.seqused_k || p.prefix_lens);
+  const auto wide = [&](const void* data, const AttentionStrides& s) {
+    return aligned_to(data, 16) && s.batch % 16 == 0 && s.token % 16 == 0 && s.head % 16 == 0;
+  };
+  a.wide = p.head_size % 16 == 0 && wide(p.k, p.k_stride) && wide(p.v, p.v_stride);
   a.unclean = Tile::kBoxes && (p.cu_seqlens_k || p.seqused_k);
-  const int64_t blocks = prefill_blocks(p, shape, sm_count());
-  a.blocks = static_cast<uint32_t>(blocks);
   launch<prefill_kernel<Tile>>(
       stream, {blocks, (shape.groups + 1) * kGroupThreads, 1, static_cast<size_t>(Tile::kSharedBytes)}, a);
 }

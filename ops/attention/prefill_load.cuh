@@ -141,6 +141,7 @@ __device__ __forceinline__ void load_by_boxes(const PrefillArgs& a, const Prefil
       next += count + 1;
     }
     __syncwarp();
+    if (a.once) return;
   }
 }
 

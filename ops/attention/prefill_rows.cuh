@@ -2,7 +2,8 @@
 // (which holds every e4m3 exactly) on the way. A warpgroup: each warp brings 16 rows of a tile, 8 lanes to a row, and a
 // lane works out one row's address for the others. All comes by asynchronous copies, which no register waits for: the
 // entries of the page table kAhead tiles ahead of the rows, 16-bit rows straight into the ring, e4m3 rows into one of
-// their own, kAhead tiles before they are converted. What binds it is the length of a warp's own code.
+// their own, kAhead tiles before they are converted. What binds it is the length of a warp's own code, and of e4m3 the
+// start: the first tile of a prefix of 730 is there 4 us after the kernel's.
 #pragma once
 
 #include "kestrel/hopper/mma.cuh"
@@ -12,7 +13,7 @@
 
 namespace kestrel::cuda {
 
-constexpr int kLoaderBarrier = 12;  // see Group for the others
+constexpr int kLoaderBarrier = 12;
 
 template <class Tile>
 class RowLoader {
@@ -45,9 +46,11 @@ class RowLoader {
     } else {
 #pragma unroll 1
       for (int i = 0; i < kAhead; ++i) copy_raw(i, count);
+      wait_copy_groups<kAhead - 1>();
 #pragma unroll 1
       for (int i = 0; i <= count; ++i) {
-        wait_copy_groups<kAhead - 2>();
+        if (i > 0) wait_copy_groups<kAhead - 2>();
+        __syncwarp();
         convert(i, count, {next + i});
         if (i > 0) copy_raw(i - 1 + kAhead, count);
       }
@@ -58,7 +61,11 @@ class RowLoader {
   static constexpr int kAhead = Tile::kAhead;
   static constexpr int kChunks = Tile::kHead / 8;  // of a row, 8 elements each
   static constexpr int kPasses = (kChunks + 7) / 8, kRounds = 4;
-  static constexpr int kUnrolled = kPasses > 2 ? 1 : kPasses;              // registers are scarce at 256 columns
+  static constexpr int kUnrolled = kPasses > 2 ? 1 : kPasses;  // registers are scarce at 256 columns
+  static constexpr bool kWide = Tile::kHead % 16 == 0;         // e4m3 by 16 bytes, where they lie so
+  static constexpr int kPieceBytes = kWide ? 16 : 8, kPieces = Tile::kHead / kPieceBytes;
+  static constexpr bool kRegular = (kPieces & (kPieces - 1)) == 0;  // where all may be under way at once in registers
+  static constexpr int kEach = (16 * kPieces + 31) / 32;            // pieces of a thread, of keys or values
   static constexpr int kSize = Tile::kSource == KeySource::kRows ? 2 : 1;  // of an element
 
   // Lanes 0 to 15 look after the rows' keys, 16 to 31 after their values.
@@ -141,44 +148,89 @@ class RowLoader {
     commit_copies();
   }
 
-  // A thread converts the very chunks that it has copied.
-  __device__ __forceinline__ uint32_t raw_at(int i, bool values, int line, int chunk) const {
-    return shared_.raw(i % kAhead) + ((values * kTileRows + line) * kChunks + chunk) * 8;
+  // Rows of a tile of e4m3, keys before values, one after another.
+  __device__ __forceinline__ uint32_t raw_at(int i, bool values, int line) const {
+    return shared_.raw(i % kAhead) + (values * kTileRows + 16 * warp_ + line) * Tile::kHead;
+  }
+  // The warp's rows of a tile that is placed. Pieces of 8 bytes would go through L1, which has no room for many.
+  template <int kBytes>
+  __device__ __forceinline__ void copy_pieces(int i) const {
+    constexpr int kPieces = Tile::kHead / kBytes;  // of a row
+    constexpr int kAtOnce = kBytes == kPieceBytes && kRegular ? kPieces : 1;
+    constexpr int kUnrolled = kBytes == 8 && kWide ? 1 : kPieces;  // rare: short
+    const uint64_t* rows = shared_.row_address(i % 2) + 32 * warp_;
+#pragma unroll kUnrolled
+    for (int first = 0; first < kPieces; first += kAtOnce) {
+      uint64_t row[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) row[n] = rows[((first + n) * 32 + lane_) / kPieces];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int at = (first + n) * 32 + lane_, line = at / kPieces, byte = at % kPieces * kBytes;
+        const bool read = (row[n] & 1) && byte < static_cast<int>(a_.problem.head_size);
+        copy_async<kBytes>(raw_at(i, line / 16, line % 16) + byte,
+                           reinterpret_cast<const char*>(row[n] & ~uint64_t{1}) + byte, read ? kBytes : 0);
+      }
+    }
   }
   __device__ __forceinline__ void copy_raw(int i, int count) const {
     if (i < count) {
       const uint32_t missing = place_rows(i);
       if (lane_ == 0) shared_.raw_missing(i % kAhead)[warp_] = static_cast<uint16_t>(missing);
-      const auto copy = [&](bool values) {
-        return [=, this](int line, int chunk, const char* from, bool read) {
-          copy_async<8>(raw_at(i, values, line, chunk), from, read ? 8 : 0);
-        };
-      };
-      each_chunk<false>(i, copy(false));
-      each_chunk<true>(i, copy(true));
+      if (kWide && a_.wide)
+        copy_pieces<kWide ? 16 : 8>(i);
+      else
+        copy_pieces<8>(i);
       copy_page(i + kAhead);
     }
     commit_copies();
   }
-  __device__ __forceinline__ void convert_part(int i, bool values, uint32_t to) const {
+  struct Raw {
+    uint32_t word[kEach][kPieceBytes / 4];
+  };
+  __device__ __forceinline__ bool piece_of(int n, int* line, int* piece) const {
+    const int at = n * 32 + lane_;
+    *line = at / kPieces, *piece = at % kPieces;
+    return 16 * kPieces % 32 == 0 || at < 16 * kPieces;
+  }
+  __device__ __forceinline__ void load_raw(Raw& raw, int i, bool values) const {
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int chunk = pass * 8 + lane_ % 8;
-      if (kChunks % 8 != 0 && chunk >= kChunks) break;
-      uint2 raw[kRounds];
+    for (int n = 0; n < kEach; ++n) {
+      int line, piece;
+      if (!piece_of(n, &line, &piece)) line = piece = 0;
+      const uint32_t from = raw_at(i, values, line) + piece * kPieceBytes;
+      if constexpr (kWide) {
+        const uint4 v = load_shared(from);
+        raw.word[n][0] = v.x, raw.word[n][1] = v.y, raw.word[n][2] = v.z, raw.word[n][3] = v.w;
+      } else {
+        const uint2 v = load_shared_pair(from);
+        raw.word[n][0] = v.x, raw.word[n][1] = v.y;
+      }
+    }
+  }
+  __device__ __forceinline__ void store_halves(const Raw& raw, uint32_t to) const {
 #pragma unroll
-      for (int round = 0; round < kRounds; ++round)
-        raw[round] = load_shared_pair(raw_at(i, values, line_of(round), chunk));
+    for (int n = 0; n < kEach; ++n) {
+      int line, piece;
+      if (piece_of(n, &line, &piece))
 #pragma unroll
-      for (int round = 0; round < kRounds; ++round)
-        store_shared(to + tile_offset(line_of(round), chunk), {to_f16x2(raw[round].x), to_f16x2(raw[round].x >> 16),
-                                                               to_f16x2(raw[round].y), to_f16x2(raw[round].y >> 16)});
+        for (int half = 0; half < kPieceBytes / 8; ++half) {
+          uint4 v;
+          widen(raw.word[n][2 * half], &v.x, &v.y);
+          widen(raw.word[n][2 * half + 1], &v.z, &v.w);
+          store_shared(to + tile_offset(16 * warp_ + line, piece * (kPieceBytes / 8) + half), v);
+        }
     }
   }
   __device__ __forceinline__ void convert(int i, int count, Place<Tile::kStages> at) const {
+    Raw keys, values;
+    if (kRegular && i < count) load_raw(keys, i, false);
+    if (kRegular && i > 0) load_raw(values, i - 1, true);
     wait_empty(at);
-    if (i < count) convert_part(i, false, shared_.keys(at.stage()));
-    if (i > 0) convert_part(i - 1, true, shared_.values(at.stage()));
+    if (!kRegular && i < count) load_raw(keys, i, false);
+    if (i < count) store_halves(keys, shared_.keys(at.stage()));
+    if (!kRegular && i > 0) load_raw(values, i - 1, true);
+    if (i > 0) store_halves(values, shared_.values(at.stage()));
     if (lane_ == 0) shared_.missing(at.stage())[warp_] = shared_.raw_missing(i % kAhead)[warp_];
     __syncwarp();
     if (lane_ == 0) arrive(shared_.full(at.stage()));
@@ -211,6 +263,7 @@ __device__ __forceinline__ void load_by_rows(const PrefillArgs& a, const Prefill
     sync_threads(kLoaderBarrier, kGroupThreads);
     if (plan->head < 0) return;
     loader.load(*plan, next);
+    if (a.once) return wait_copies();
     if (plan->first < plan->last) next += plan->last - plan->first + 1;
     // Everybody is done with this plan's place before the next one is written there.
     sync_threads(kLoaderBarrier, kGroupThreads);

@@ -58,6 +58,7 @@ struct KeyTiles {
 struct Plan {
   int head;  // -1: no more work
   int k_head, q_batch, k_batch;
+  int part, rows;  // of the work's tiles of rows the first that is to be done here, and how many
   Lengths s;
   int first, last;          // tiles of keys that any group needs
   int first_key, last_key;  // and keys
@@ -123,9 +124,16 @@ struct Planner {
 
   __device__ __forceinline__ bool next(const PrefillArgs& a, Work* w, Plan* plan) {
     for (;;) {
-      const uint32_t index = round * a.blocks + (round % 2 ? a.blocks - 1 - blockIdx.x : blockIdx.x);
+      uint32_t index = round * a.blocks + (round % 2 ? a.blocks - 1 - blockIdx.x : blockIdx.x);
       if (index >= a.tiles) return false;
       ++round;
+      plan->part = 0, plan->rows = a.groups;
+      if (index >= a.whole) {
+        index -= a.whole;
+        const uint32_t each = (a.groups + a.parts - 1) / a.parts, part = index % a.parts;
+        index = a.whole + index / a.parts;
+        plan->part = part * each, plan->rows = min(each, a.groups - part * each);
+      }
       *w = work_of(a, index, plan);
       if (w->tiles > 0) return true;
     }
@@ -161,7 +169,7 @@ __device__ __forceinline__ void write_plan(const PrefillArgs& a, const Work& w, 
   const int group = threadIdx.x % 32;
   Range keys{0x7fffffff, 0};
   if (group < a.groups) {
-    const int row = first_row(a, w, group);
+    const int row = group < plan->rows ? first_row(a, w, plan->part + group) : w.s.q_len;
     plan->row[group] = row;
     plan->keys[group] = key_tiles(a.problem, w.s, row, &keys);
   }

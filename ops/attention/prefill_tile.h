@@ -15,7 +15,7 @@ constexpr int kPanelColumns = 64;
 constexpr int kPanelBytes = kTileRows * kPanelColumns * 2;
 constexpr int kGroupThreads = 128;
 constexpr int kMostGroups = 4;
-constexpr int kPlanBytes = 144;
+constexpr int kPlanBytes = 160;
 
 // T: what the products take. Out: the type of queries and output. kHead: columns of the heads, a multiple of 8.
 template <class T_, class Out_, int kHead_, KeySource kSource_, int kGroups_, int kStages_, int kQuerySlots_>
@@ -62,7 +62,7 @@ struct PrefillTile {
   static constexpr int kAhead = kBoxes ? 0
                                 : kSource == KeySource::kRows
                                     ? kStages
-                                    : std::min(8, ((226 << 10) - kPagesAt) / (kPageBytes + kRawBytes + 8));
+                                    : std::min(4, ((226 << 10) - kPagesAt) / (kPageBytes + kRawBytes + 8));
   static constexpr int kRawAt = kPagesAt + kAhead * kPageBytes, kRawMissingAt = kRawAt + kAhead * kRawBytes;
   static constexpr int kSharedBytes = kRawMissingAt + (kRawBytes ? kAhead * 8 : 0) + 1024;
   static_assert(kSharedBytes <= 227 << 10);
