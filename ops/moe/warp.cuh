@@ -3,8 +3,8 @@
 // has a contiguous range of them and keeps a pass's activations in registers from tile to tile. e4m3 goes through f16;
 // scales of the weights come with them, on their barrier. Before the wait weights and lists are read where the lists
 // are older than the predecessor (`settled`), else nothing. Bound by the weights' bytes. up, E64 H2048 I1024 K8 on an
-// H200 at 1, 4, 16, 64 tokens: bf16 17.5, 51.8, 109, 124 us, fp8 10.4, 28.9, 59.2, 66; settled at one token 15.8 and
-// 10.0: from the wait to the first weights the lists take 0.5 us, their sharing out and the first copies 0.4.
+// H200 at 1, 4, 16 tokens: bf16 17.5, 51.8, 109 us, fp8 10.4, 28.9, 59.2; settled at one token 15.8 and 10.0: what its
+// target misses is the way from the wait to the first weights.
 #pragma once
 
 #include <utility>
