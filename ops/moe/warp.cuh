@@ -3,8 +3,8 @@
 // has a contiguous range of them and keeps a pass's activations in registers from tile to tile. e4m3 goes through f16;
 // scales of the weights come with them, on their barrier. Before the wait weights and lists are read where the lists
 // are older than the predecessor (`settled`), else nothing. Bound by the weights' bytes. up, E64 H2048 I1024 K8 on an
-// H200 at 1, 4, 16, 64 tokens: bf16 17.5, 50.6, 106.8, 123.7 us, fp8 11.0, 28.3, 58.4, 68.7; settled 15.6, 48.6, 103.5,
-// 121.5 and 9.5, 25.8, 54.7, 65.6: what targets of one token miss is the way from the wait to the first weights.
+// H200 at 1, 4, 16 tokens: bf16 17.5, 51.8, 109 us, fp8 10.4, 28.9, 59.2; settled at one token 15.8 and 10.0: what its
+// target misses is the way from the wait to the first weights.
 #pragma once
 
 #include <utility>
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(moe_threads(kMoeWarpKernels[kKernel]), kMoeWar
     if (lane == 0) prefetch_map(&args.map);
     ring.init(plan.warps);
   }
-  if (routing.ids) clear_lists<kGroups>(routing, lists);
+  prepare_lists<kGroups>(routing, lists);
   if (!routing.settled) {
     wait_for_predecessor();
     release_successor();
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(moe_threads(kMoeWarpKernels[kKernel]), kMoeWar
   };
   const WeightLane weight_lane = WeightLane::in_boxes(warp, lane);
   uint4 x[kSteps][kGroups][2];
-  constexpr bool kWide = sizeof(W) == 1 && kGroups == 2 && !kStreamed;  // where registers allow
+  constexpr bool kWide = sizeof(W) == 1 && !kStreamed;  // where registers allow
   uint4 wide[kWide ? kSteps : 1][kGroups][2][2];
   uint32_t rows[kGroups];
   constexpr uint32_t kNone = ~0u;  // a column of zeros
@@ -291,8 +291,11 @@ __global__ void __launch_bounds__(moe_threads(kMoeWarpKernels[kKernel]), kMoeWar
           for (int h = 0; h < 2; ++h) widen(x[step][n][h], wide[step][n][h]);
   };
 
-  const auto skip = [&](uint32_t granules) {
-    for (uint32_t i = 0; i < granules; ++i) ring.advance();
+  const auto skip = [&](uint32_t granules) {  // fewer than there are stages
+    ring.stage += granules;
+    if (ring.stage < plan.stages) return;
+    ring.stage -= plan.stages;
+    ring.parity ^= 1;
   };
   if (kTeams == 2) skip(team * plan.steps);
   for (uint32_t at = lists.items->first + team;; at += kTeams) {

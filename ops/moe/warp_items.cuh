@@ -6,6 +6,7 @@
 
 #include "kestrel/hopper/divide.cuh"
 #include "kestrel/hopper/mbarrier.cuh"
+#include "kestrel/hopper/tma.cuh"
 #include "kestrel/hopper/warp.cuh"
 
 namespace kestrel::cuda {
@@ -97,11 +98,22 @@ __device__ __forceinline__ uint32_t list_aligned(const MoeRouting& r, const MoeL
   return count;
 }
 
-// From the routing, by the whole block: before it is read ...
+// By the whole block before the wait. An alignment is only sent on its way to L2, where later writes to it land too; by
+// a few blocks, since requests of all for the same lines queue up.
 template <int kGroups>
-__device__ __forceinline__ void clear_lists(const MoeRouting& r, const MoeLists& lists) {
-  for (uint32_t i = threadIdx.x; i < r.words * r.experts; i += blockDim.x) lists.bits[i] = 0;
-  for (uint32_t i = threadIdx.x; i < r.candidates * kGroups * 8; i += blockDim.x) lists.listed[i] = -1;
+__device__ __forceinline__ void prepare_lists(const MoeRouting& r, const MoeLists& lists) {
+  if (r.ids) {
+    for (uint32_t i = threadIdx.x; i < r.words * r.experts; i += blockDim.x) lists.bits[i] = 0;
+    for (uint32_t i = threadIdx.x; i < r.candidates * kGroups * 8; i += blockDim.x) lists.listed[i] = -1;
+  } else if (blockIdx.x % 32 == 0) {
+    uint32_t blocks, rest;
+    r.passes_per_block(r.candidates, &blocks, &rest);
+    for (uint32_t i = threadIdx.x * 32; i < r.positions; i += blockDim.x * 32) {
+      prefetch_line(r.sorted_token_ids + i);
+      if (i < blocks) prefetch_line(r.expert_ids + i);
+    }
+    if (threadIdx.x == 0) prefetch_line(r.num_tokens_post_pad);
+  }
 }
 
 __device__ __forceinline__ int32_t expert_of(const auto& r, uint32_t token, uint32_t slot) {
@@ -110,6 +122,7 @@ __device__ __forceinline__ int32_t expert_of(const auto& r, uint32_t token, uint
   return static_cast<uint32_t>(expert) < r.routed ? r.expert_map[expert] : -1;
 }
 
+// From the routing: the bits, by the whole block ...
 __device__ __forceinline__ void mark_experts(const MoeRouting& r, const MoeLists& lists) {
   uint32_t* const experts = lists.bits + (r.words + 1) * r.experts;
   for (uint32_t a = threadIdx.x; a < r.assignments; a += blockDim.x) {

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__((kSumTeams * kMoeWarps + 1) * kWarp, 2)
   }
   const auto results = reinterpret_cast<float*>(memory + plan.results_at);  // [assignment][row]
   for (uint32_t i = threadIdx.x; i < routing.assignments * kTileRows; i += blockDim.x) results[i] = 0;
-  if (routing.ids) clear_lists<1>(routing, lists);
+  prepare_lists<1>(routing, lists);
   if (!routing.settled) {
     wait_for_predecessor();
     release_successor();
