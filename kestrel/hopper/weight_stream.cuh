@@ -63,11 +63,6 @@ struct WeightLane {
     const uint32_t row = lane / 4, chunk = lane % 4 * 2, at = warp * kSlabBytes + row * kSlabPitch;
     return {{at + ((chunk ^ row) << 4), at + (((chunk + 1) ^ row) << 4)}, 8 * kSlabPitch};
   }
-  // Chunks q and q + 4 of rows an odd number of 64 bytes apart: the four threads of a row read 64 adjacent bytes.
-  static __device__ __forceinline__ WeightLane in_rows_apart(uint32_t warp, uint32_t lane, uint32_t pitch) {
-    const uint32_t at = lane / 4 * pitch + warp * kSlabPitch + lane % 4 * 16;
-    return {{at, at + 64}, 8 * pitch};
-  }
   // Rows `pitch` bytes apart, an odd number of 16 bytes.
   static __device__ __forceinline__ WeightLane in_rows(uint32_t warp, uint32_t lane, uint32_t pitch) {
     const uint32_t at = lane / 4 * pitch + warp * kSlabPitch + lane % 4 * 32;

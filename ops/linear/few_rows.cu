@@ -80,7 +80,7 @@ std::optional<FewRowsPlan> lay_out(const LinearArgs& a, const Choice& choice) {
     plan.warps = 8;
   }
   if (plan.copy == WeightCopy::kRows && plan.steps * plan.warps != slabs) plan.copy = WeightCopy::kBox;
-  plan.stage_bytes = plan.warps * kSlabBytes + (plan.copy == WeightCopy::kRows ? kTileRows * row_gap(kernel) : 0);
+  plan.stage_bytes = plan.warps * kSlabBytes + (plan.copy == WeightCopy::kRows ? kTileRows * 16 : 0);
   plan.tiles = ceil_div(a.columns, is_gate(a.activation) ? 8 : kTileRows);
   plan.blocks = std::min(plan.tiles, choice.blocks);
   const uint32_t tiles = ceil_div(plan.tiles, plan.blocks), granules = tiles * plan.steps;
@@ -123,11 +123,9 @@ std::optional<FewRowsPlan> plan_of(const LinearArgs& a) {
     if (by_rows && slabs == 32)
       if (auto plan = lay_out(a, {kLightKernel, 16, copy, sms, kRingOfOne, kMostShared})) return plan;
   }
-  if (rows > 8 && by_rows && slabs == 32)
-    if (auto plan = lay_out(a, {kApartKernel, 8, copy, sms, kRingOfOne, kMostShared})) return plan;
   for (int i = 0; i < kFewRowsKernelCount; ++i) {  // the first that fits
     const FewRowsKernel& kernel = kFewRowsKernels[i];
-    if (i == kLightKernel || i == kDeepKernel || i == kApartKernel || rows > 8 * kernel.groups ||
+    if (i == kLightKernel || i == kDeepKernel || rows > 8 * kernel.groups ||
         (kernel.input == InputPlace::kRegisters && slabs > kernel.steps * kernel.warps))
       continue;
     const auto most_warps = static_cast<uint32_t>(kernel.warps);

@@ -32,7 +32,7 @@ __device__ __forceinline__ uint32_t width_bits(const FewRowsArgs<T>& args) {
 }
 
 // The producer warp: all granules of the block's tiles in order.
-template <bool kPlain, uint32_t kGap, class T>
+template <bool kPlain, class T>
 __device__ __forceinline__ void stream_weights(const FewRowsArgs<T>& args, Ring ring) {
   const FewRowsPlan& plan = args.plan;
   const uint32_t lane = threadIdx.x % kWarp, bits = width_bits<kPlain>(args), width = 1 << bits;
@@ -47,7 +47,7 @@ __device__ __forceinline__ void stream_weights(const FewRowsArgs<T>& args, Ring 
       if (lane == 0) arrive_expecting(full, height * bytes);
       __syncwarp();
       if (lane < kTileRows && output < args.columns)
-        copy_bulk(to + lane * (bytes + kGap),
+        copy_bulk(to + lane * (bytes + 16),
                   args.w + (int64_t{half} * args.columns + output) * args.w_stride + step * plan.warps * kSlabColumns,
                   bytes, full);
     } else {
@@ -162,8 +162,6 @@ __global__ void __launch_bounds__((kFewRowsKernels[kKernel].warps + 1) * kWarp, 
   constexpr FewRowsKernel kThis = kFewRowsKernels[kKernel];
   constexpr int kGroups = kThis.groups, kSteps = kThis.steps, kMostWarps = kThis.warps;
   constexpr InputPlace kInput = kThis.input;
-  constexpr bool kApart = kThis.apart;
-  constexpr uint32_t kGap = row_gap(kThis);
   constexpr int kChains = kGroups == 1 ? 2 : 1;  // of sums: more rows hide the latency of mma by themselves
   release_successor();  // the next product fills its ring meanwhile; nothing may be assumed complete before a wait
   extern __shared__ unsigned char unaligned[];
@@ -172,21 +170,19 @@ __global__ void __launch_bounds__((kFewRowsKernels[kKernel].warps + 1) * kWarp, 
   const FewRowsPlan& plan = args.plan;
   Ring ring{base, base + plan.barriers_at, plan.stages, plan.stage_bytes};
   const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  if (warp == plan.warps) return stream_weights<kPlain, kGap>(args, ring);
+  if (warp == plan.warps) return stream_weights<kPlain>(args, ring);
 
   if (args.bias) stage_bias<kPlain>(args, base + plan.bias_at);
-  const WeightLane weight_lane = kApart ? WeightLane::in_rows_apart(warp, lane, plan.warps * kSlabPitch + kGap)
-                                 : plan.copy == WeightCopy::kRows
-                                     ? WeightLane::in_rows(warp, lane, plan.warps * kSlabPitch + kGap)
+  const WeightLane weight_lane = plan.copy == WeightCopy::kRows
+                                     ? WeightLane::in_rows(warp, lane, plan.warps * kSlabPitch + 16)
                                      : WeightLane::in_boxes(warp, lane);
   __syncthreads();
   wait_for_predecessor();
 
   // Rows of x past the last one make sums that nobody stores.
-  constexpr uint32_t kFar = kApart ? 32 : 8;
   [[maybe_unused]] uint4 x[kSteps][kGroups][2];
   [[maybe_unused]] const auto load_input = [&](int slot, uint32_t step) {
-    const uint32_t column = (step * plan.warps + warp) * kSlabColumns + lane % 4 * (kApart ? 8 : 16);
+    const uint32_t column = (step * plan.warps + warp) * kSlabColumns + lane % 4 * 16;
 #pragma unroll
     for (int n = 0; n < kGroups; ++n) {
       const uint32_t row = n * 8 + lane / 4;
@@ -194,8 +190,8 @@ __global__ void __launch_bounds__((kFewRowsKernels[kKernel].warps + 1) * kWarp, 
 #pragma unroll
       for (uint32_t h = 0; h < 2; ++h) {
         x[slot][n][h] = {};
-        if (row < args.rows && column + h * kFar < args.depth)
-          x[slot][n][h] = *reinterpret_cast<const uint4*>(from + h * kFar);
+        if (row < args.rows && column + h * 8 < args.depth)
+          x[slot][n][h] = *reinterpret_cast<const uint4*>(from + h * 8);
       }
     }
   };

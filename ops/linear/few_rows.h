@@ -46,21 +46,16 @@ struct FewRowsKernel {
   int groups;
   InputPlace input;
   int steps;
-  int warps;           // at most
-  int blocks;          // on an SM at least, by their registers
-  bool apart = false;  // of WeightCopy::kRows alone: a thread takes chunks q and q + 4 of a slab
+  int warps;   // at most
+  int blocks;  // on an SM at least, by their registers
 };
 inline constexpr FewRowsKernel kFewRowsKernels[] = {
-    {1, InputPlace::kRegisters, 2, 16, 2}, {1, InputPlace::kRegisters, 4, 9, 2},
-    {1, InputPlace::kShared, 1, 9, 2},     {2, InputPlace::kRegisters, 2, 12, 2},
-    {2, InputPlace::kRegisters, 4, 8, 2},  {2, InputPlace::kStreamed, 4, 8, 1},
-    {1, InputPlace::kRegisters, 8, 16, 1}, {2, InputPlace::kRegisters, 4, 8, 2, true},
+    {1, InputPlace::kRegisters, 2, 16, 2}, {1, InputPlace::kRegisters, 4, 9, 2}, {1, InputPlace::kShared, 1, 9, 2},
+    {2, InputPlace::kRegisters, 2, 12, 2}, {2, InputPlace::kRegisters, 4, 8, 2}, {2, InputPlace::kStreamed, 4, 8, 1},
+    {1, InputPlace::kRegisters, 8, 16, 1},
 };
 inline constexpr int kLightKernel = 0;  // of few registers, up to 16 warps
 inline constexpr int kDeepKernel = 6;
-inline constexpr int kApartKernel = 7;
-// Between the rows of a granule in shared memory, beside its own bytes.
-constexpr uint32_t row_gap(const FewRowsKernel& kernel) { return kernel.apart ? 64 : 16; }
 inline constexpr int kFewRowsKernelCount = sizeof(kFewRowsKernels) / sizeof(FewRowsKernel);
 
 // How a granule of weights is fetched.
