@@ -74,6 +74,16 @@ __device__ __forceinline__ Vec<T, kSize> from_floats(const float (&in)[kSize]) {
   return v;
 }
 
+// Each element times `factor`, one rounding in fp32 and one to `To`: the same bits wherever values are scaled.
+template <class To, class T, int kSize>
+__device__ __forceinline__ Vec<To, kSize> scaled(const Vec<T, kSize>& v, float factor) {
+  float f[kSize];
+  to_floats(v, f);
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) f[i] = __fmul_rn(f[i], factor);
+  return from_floats<To>(f);
+}
+
 // As in pdl.cuh, for a whole vector.
 template <class T, int kSize>
 __device__ __forceinline__ void compute_now(Vec<T, kSize>& v) {

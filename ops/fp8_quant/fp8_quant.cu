@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kRowThreads<kLanes>) fp8_quant_row_kernel(cons
   if (lane == 0) args.scale[row] = scale;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    Vec<e4m3, kVec> bits = quantize(x[v], reciprocal);
+    Vec<e4m3, kVec> bits = scaled<e4m3>(x[v], reciprocal);
     compute_now(bits);  // here, so that the store alone is conditional, without a branch
     if (column(v) < width) store(out_row + column(v), bits);
   }
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(1024) fp8_quant_row_reload_kernel(const __grid
     }
     const float scale = scale_of<T>(block_max(magnitude)), reciprocal = reciprocal_of(scale);
     if (threadIdx.x == 0) args.scale[row] = scale;
-    for (int64_t i = first; i < args.width; i += step) store(out + i, quantize(load<kVec>(x + i), reciprocal));
+    for (int64_t i = first; i < args.width; i += step) store(out + i, scaled<e4m3>(load<kVec>(x + i), reciprocal));
   }
 }
 
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kThreads) fp8_quant_kernel(const __grid_consta
   if (vector >= args.vectors) return;
   if constexpr (!kBehindAbsmax) x[0] = load<8>(source), x[1] = load<8>(source + 8);
   const float scale = args.scale.at(0), reciprocal = kBehindAbsmax ? reciprocal_of(scale) : __frcp_rn(scale);
-  const Vec<e4m3, 8> low = quantize(x[0], reciprocal), high = quantize(x[1], reciprocal);
+  const Vec<e4m3, 8> low = scaled<e4m3>(x[0], reciprocal), high = scaled<e4m3>(x[1], reciprocal);
   store(args.out + row * args.out_stride + int64_t{column} * 16,
         Vec<e4m3, 16>{low.words[0], low.words[1], high.words[0], high.words[1]});
 }

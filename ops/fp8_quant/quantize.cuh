@@ -66,13 +66,4 @@ __device__ __forceinline__ float reciprocal_of(float scale) {
   return scale == INFINITY ? 0.0f : __fmaf_rn(r, __fmaf_rn(-scale, r, 1.0f), r);
 }
 
-template <class T, int kSize>
-__device__ __forceinline__ Vec<e4m3, kSize> quantize(const Vec<T, kSize>& x, float reciprocal) {
-  float f[kSize];
-  to_floats(x, f);
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) f[i] = __fmul_rn(f[i], reciprocal);
-  return from_floats<e4m3>(f);
-}
-
 }  // namespace kestrel

@@ -29,13 +29,4 @@ __device__ __forceinline__ Place place_of(const Slots& slots, int64_t slot) {
   return {slot / slots.page_size, slot % slots.page_size};
 }
 
-template <class Cache, class T, int kVec>
-__device__ __forceinline__ Vec<Cache, kVec> convert_vector(const Vec<T, kVec>& v, float reciprocal) {
-  float f[kVec];
-  to_floats(v, f);
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) f[i] = __fmul_rn(f[i], reciprocal);
-  return from_floats<Cache>(f);
-}
-
 }  // namespace kestrel

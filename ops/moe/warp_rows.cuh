@@ -29,7 +29,7 @@ struct RowPart {
     const float scale = scale_of<X>(warp_max(absmax(vectors))), reciprocal = reciprocal_of(scale);
 #pragma unroll
     for (int v = 0; v < kRowVectors; ++v)
-      if (column(v) < columns) store(reinterpret_cast<e4m3*>(row) + column(v), quantize(vectors[v], reciprocal));
+      if (column(v) < columns) store(reinterpret_cast<e4m3*>(row) + column(v), scaled<e4m3>(vectors[v], reciprocal));
     return scale;
   }
 };

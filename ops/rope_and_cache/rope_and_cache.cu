@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kHeadThreads, kBlocks)
     if (which != kKey && args.tau.holds(position)) {
       const float factor = tau_factor(to_float(tok), to_float(*args.tau.row(args.tau.data + own, position)));
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) v[i] = scale_vector(v[i], lane.of_head(i, factor));
+      for (int i = 0; i < kLoads; ++i) v[i] = scaled<T>(v[i], lane.of_head(i, factor));
     }
   }
   if (which != kValue && args.cos_sin.holds(position)) {
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kHeadThreads, kBlocks)
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
     if constexpr (kScaled) {
-      auto bits = convert_vector<Cache>(v[i], lane.of_head(i, reciprocal));
+      auto bits = scaled<Cache>(v[i], lane.of_head(i, reciprocal));
       compute_now(bits);  // here, so that the store alone is conditional, without a branch
       if (lane.inside(i)) store(out + i * out_step, bits);
     } else {

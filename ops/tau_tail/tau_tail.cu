@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kHeadThreads, kBlocks)
   const float factor = tau_factor(to_float(tok), to_float(tau));
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    v[i] = scale_vector(v[i], lane.of_head(i, factor));
+    v[i] = scaled<T>(v[i], lane.of_head(i, factor));
     if (lane.inside(i)) store(x + i * step, v[i]);
   }
 }
