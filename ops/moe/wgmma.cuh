@@ -53,7 +53,7 @@ struct WgmmaArgs {
   int32_t width, depth, panels, blocks_per_panel;
   float residual;  // what a gate adds to its second factor
   bool tanh;
-  Place place;
+  Pairing pairing;
   bool several;                        // tiles of an expert, most likely; or
   bool one;                            // for each
   uint64_t weight_policy, out_policy;  // in L2
@@ -92,10 +92,10 @@ struct Rings {
   __device__ __forceinline__ explicit Rings(typename Shape<Tile>::Shared* shared)
       : stages{shared_address(shared->ring), shared_address(shared->barriers), Tile::kStages, Shape<Tile>::kStageBytes},
         infos{0, shared_address(shared->barriers + 2 * Tile::kStages), kInfos, 0} {}
-  __device__ __forceinline__ void init(Place place) const {
+  __device__ __forceinline__ void init(Pairing pairing) const {
     for (int i = 0; i < Tile::kStages; ++i) {
       init_barrier(stages.barriers + i * 16, 1 + kGatherThreads);
-      init_barrier(stages.barriers + i * 16 + 8, 4 * Tile::kGroups << place.paired);
+      init_barrier(stages.barriers + i * 16 + 8, 4 * Tile::kGroups << pairing.paired);
     }
     for (int i = 0; i < kInfos; ++i) {
       init_barrier(infos.barriers + i * 16, kGatherThreads);
@@ -121,7 +121,7 @@ __device__ __forceinline__ void stream_weights(const WgmmaArgs<T, Out>& args, co
   const int32_t steps = (args.depth + kDepth - 1) / kDepth;
   int run = 0;
   TileWork work;
-  for (uint32_t round = 0; runs.get(args.place, round, &run, &work); ++round) {
+  for (uint32_t round = 0; runs.get(args.pairing, round, &run, &work); ++round) {
     int32_t panel, row;
     locate<Tile, kFinish>(args, work.panel_block, &panel, &row);
     for (int32_t step = 0; step < steps; ++step) {
@@ -132,9 +132,9 @@ __device__ __forceinline__ void stream_weights(const WgmmaArgs<T, Out>& args, co
         const CUtensorMap* const map = &args.map[kPlain ? panel : unit % 2];
         const uint32_t to = ring.address() + unit * kUnitBytes;
         const int column = step * kDepth, from = row + (kPlain ? unit : unit / 2) * 64;
-        if (!args.place.paired)
+        if (!args.pairing.paired)
           copy_box_kept(to, map, column, from, work.expert, 0, ring.full(), args.weight_policy);
-        else if (unit % 2 == args.place.rank())
+        else if (unit % 2 == args.pairing.rank())
           copy_box_to(3, to, map, column, from, work.expert, 0, ring.full(), args.weight_policy);
       }
       ring.advance();
@@ -177,7 +177,7 @@ __device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const
   int run = 0;
   TileWork work;
   uint32_t round = 0;
-  bool more = runs.get(args.place, round, &run, &work);
+  bool more = runs.get(args.pairing, round, &run, &work);
   int32_t ids[kOwn];
   const auto load_ids = [&] {
 #pragma unroll
@@ -244,7 +244,7 @@ __device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const
           if (thread + i * kGatherThreads < Tile::kTokens)
             info.factor[thread + i * kGatherThreads] = factor[i] * weight[i];
         arrive(info_ring.full());
-        more = runs.get(args.place, ++round, &run, &work);
+        more = runs.get(args.pairing, ++round, &run, &work);
         load_ids();
       }
     }
@@ -265,9 +265,9 @@ __device__ __forceinline__ float (&first_of(float (&sums)[kMost]))[kN] {
 // other group keeps the tensor cores busy, and the stage is free as soon as it can be.
 template <class T, int kN, int kMost>
 __device__ __forceinline__ void multiply(float (&sums)[2][kMost], int group, uint32_t weight_bytes, int32_t steps,
-                                         Place place, uint32_t peer, Ring& ring) {
+                                         Pairing pairing, uint32_t peer, Ring& ring) {
   const auto release = [&] {
-    if (threadIdx.x % kWarp <= place.paired) arrive_in_cluster(ring.empty() + peer);
+    if (threadIdx.x % kWarp <= pairing.paired) arrive_in_cluster(ring.empty() + peer);
   };
 #pragma unroll
   for (int t = 0; t < 2; ++t)
@@ -321,19 +321,16 @@ __device__ __forceinline__ void multiply(float (&sums)[2][kMost], int group, uin
   }
 }
 
-// x times the normal distribution function, as x / (1 + 2^-y): y is an odd polynomial of x, our own fit. Its error is
-// at most 6e-5; of the result, 7e-4 from -3 on (a third of what rounding to bf16 may cost) and 1% at -4, where that is
-// 1e-4. The gelu of gate.cuh, right in the tail too, has twice the instructions.
-__device__ __forceinline__ float coarse_gelu(float x) {
-  const float s = fminf(x * x, 36.0f);
-  const float slope = fmaf(fmaf(1.12140897e-3f, s, -0.107494490f), s, -2.30047792f);
-  return x * fast_reciprocal(1.0f + fast_exp2(slope * x));
-}
-
+// A gate's first factor, x / (1 + 2^-y). For x times the normal distribution function y is an odd polynomial of x, our
+// own fit. Its error is at most 6e-5; of the result, 7e-4 from -3 on (a third of what rounding to bf16 may cost) and 1%
+// at -4, where that is 1e-4. The gelu of gate.cuh, right in the tail too, has twice the instructions.
 template <Finish kFinish>
 __device__ __forceinline__ float activate(const auto& args, float x) {
-  if constexpr (kFinish == Finish::kErfGate) return coarse_gelu(x);
-  const float slope = args.tanh ? -2.30220820f * fmaf(0.044715f * x, x, 1.0f) : -1.44269504f;
+  float slope = args.tanh ? -2.30220820f * fmaf(0.044715f * x, x, 1.0f) : -1.44269504f;
+  if constexpr (kFinish == Finish::kErfGate) {
+    const float s = fminf(x * x, 36.0f);
+    slope = fmaf(fmaf(1.12140897e-3f, s, -0.107494490f), s, -2.30047792f);
+  }
   return x * fast_reciprocal(1.0f + fast_exp2(slope * x));
 }
 
@@ -434,7 +431,7 @@ __device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename 
   const int32_t steps = (args.depth + 128 / sizeof(T) - 1) / (128 / sizeof(T));
   const uint32_t staged = shared_address(shared->staged[group]);
   const uint32_t own = shared_address(shared);
-  const uint32_t peer = lane == 0 ? 0 : address_in(own, args.place.rank() ^ args.place.paired) - own;
+  const uint32_t peer = lane == 0 ? 0 : address_in(own, args.pairing.rank() ^ args.pairing.paired) - own;
   uint32_t buffer = 0;
   for (bool more = true; more;) {
     const auto& info = shared->info[info_ring.stage];
@@ -458,7 +455,7 @@ __device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename 
       }
       float sums[2][Tile::kTokens / 2];
       const auto multiply_by = [&]<int kN>() {
-        multiply<T, kN>(sums, group, Shape<Tile>::kWeightBytes, steps, args.place, peer, ring);
+        multiply<T, kN>(sums, group, Shape<Tile>::kWeightBytes, steps, args.pairing, peer, ring);
       };
       const int sixteens = max((rows + 15) / 16, 1);
       [&]<int... i>(std::integer_sequence<int, i...>) {
@@ -481,11 +478,11 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
   extern __shared__ __align__(1024) unsigned char memory[];
   auto* const shared = reinterpret_cast<typename Shape<Tile>::Shared*>(memory);
   Rings<Tile> rings(shared);
-  const Place place = args.place;
-  if (threadIdx.x == 0) rings.init(place);
+  const Pairing pairing = args.pairing;
+  if (threadIdx.x == 0) rings.init(pairing);
   const auto panel_blocks = [&] { return args.blocks_per_panel * (kFinish == Finish::kPlain ? args.panels : 1); };
   if (args.one && threadIdx.x == kWarp) prefetch_weights<Tile, kFinish>(args, panel_blocks());
-  if (place.paired) cluster_sync();
+  if (pairing.paired) cluster_sync();
   __syncthreads();
   wait_for_predecessor();
 
@@ -493,7 +490,7 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
   if (warp < kProducerThreads / kWarp) {
     if constexpr (Tile::kBlocks == 1) leave_registers<56>();
     for (int32_t block = 0; block >= 0;) {
-      shared->runs.build(args.list, block, panel_blocks(), place, args.several);
+      shared->runs.build(args.list, block, panel_blocks(), pairing, args.several);
       __syncthreads();
       if (warp > 0)
         gather_rows<Tile>(args, shared->runs, shared->info, rings.stages, rings.infos);
@@ -513,14 +510,14 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
       if (block >= 0) __syncthreads();
     }
   }
-  if (place.paired) cluster_sync();  // the other block's copies and arrivals come here
+  if (pairing.paired) cluster_sync();  // the other block's copies and arrivals come here
 #endif
 }
 
 template <class T, class Out, class Tile, Finish kFinish>
 void launch_finish(Stream stream, const MoeArgs& a, const WgmmaArgs<T, Out>& args) {
   const int64_t tiles = (a.positions / Tile::kTokens + a.positions / a.block_m + 1) * args.blocks_per_panel * a.panels;
-  const int cluster = args.place.paired ? 2 : 1;
+  const int cluster = args.pairing.paired ? 2 : 1;
   const int64_t blocks = std::min<int64_t>(tiles * cluster, sm_count() / cluster * cluster * int64_t{Tile::kBlocks});
   launch<moe_wgmma_kernel<T, Out, Tile, kFinish>>(
       stream, {blocks, Shape<Tile>::kThreads, 1, Shape<Tile>::kSharedBytes, cluster}, args);
@@ -575,7 +572,7 @@ void launch_tile(Stream stream, const MoeArgs& a) {
   args.tanh = a.gate == Gate::kGeluTanh;
   args.several = 4 * a.assignments() > 3 * a.experts * Tile::kTokens;
   // Two tiles of each expert at least: 1280 tokens in fp8 109 us and not 119, 740 tokens 90 and not 77.
-  args.place.paired = Tile::kGroups == 2 && a.assignments() > a.experts * Tile::kTokens;
+  args.pairing.paired = Tile::kGroups == 2 && a.assignments() > a.experts * Tile::kTokens;
   args.one = !args.several && a.assignments() >= 6 * a.experts;
   // Weights that are read once do not drive out what the next kernel reads: 3% at 64 tokens.
   args.weight_policy = args.several ? kKeepAsUsual : kEvictFirst;

@@ -25,7 +25,7 @@ struct TileWork {
 };
 
 // Whether blocks work in pairs, each on a tile of its own: then all of this is the same for both but the rank.
-struct Place {
+struct Pairing {
   uint32_t paired;  // 0 or 1
 
   __device__ __forceinline__ uint32_t rank() const { return blockIdx.x & paired; }
@@ -46,13 +46,13 @@ struct Runs {
   uint16_t order[kRuns];  // in which runs are worked on, as `before` has them
 
   // For items in order: `at` is kept between calls. The second tile of a pair may have no rows.
-  __device__ __forceinline__ bool get(Place place, uint32_t round, int* at, TileWork* work) const {
-    const uint32_t item = place.item(round);
+  __device__ __forceinline__ bool get(Pairing pairing, uint32_t round, int* at, TileWork* work) const {
+    const uint32_t item = pairing.item(round);
     if (item >= static_cast<uint32_t>(before[kRuns])) return false;
     while (static_cast<uint32_t>(before[*at + 1]) <= item) ++*at;
     const int run = order[*at];
-    const uint32_t all = rows[run], tiles = tiles_of(all, place), items = tiles >> place.paired;
-    const uint32_t local = item - before[*at], tile = (local % items << place.paired) + place.rank();
+    const uint32_t all = rows[run], tiles = tiles_of(all, pairing), items = tiles >> pairing.paired;
+    const uint32_t local = item - before[*at], tile = (local % items << pairing.paired) + pairing.rank();
     const uint32_t steps = (all + kTokenStep - 1) / kTokenStep, each = steps / tiles, rest = steps % tiles;
     const uint32_t skipped = min(all, (tile * each + min(tile, rest)) * kTokenStep);
     *work = {expert[run], static_cast<int32_t>(local / items), static_cast<int32_t>(first[run] + skipped),
@@ -60,16 +60,16 @@ struct Runs {
     return true;
   }
   // Of a run's rows: tiles, and steps of the highest.
-  static __device__ __forceinline__ uint32_t tiles_of(uint32_t rows, Place place) {
-    return ((rows + kTokens - 1) / kTokens + place.paired) & ~place.paired;
+  static __device__ __forceinline__ uint32_t tiles_of(uint32_t rows, Pairing pairing) {
+    return ((rows + kTokens - 1) / kTokens + pairing.paired) & ~pairing.paired;
   }
-  static __device__ __forceinline__ uint32_t height_of(uint32_t rows, Place place) {
-    const uint32_t tiles = max(1u, tiles_of(rows, place)), steps = (rows + kTokenStep - 1) / kTokenStep;
+  static __device__ __forceinline__ uint32_t height_of(uint32_t rows, Pairing pairing) {
+    const uint32_t tiles = max(1u, tiles_of(rows, pairing)), steps = (rows + kTokenStep - 1) / kTokenStep;
     return (steps + tiles - 1) / tiles;
   }
 
   // By 128 threads, from `first_block` of the list on.
-  __device__ __forceinline__ void build(const List& list, int32_t first_block, int32_t panel_blocks, Place place,
+  __device__ __forceinline__ void build(const List& list, int32_t first_block, int32_t panel_blocks, Pairing pairing,
                                         bool sort) {
     constexpr int kThreads = 128;
     int thread = threadIdx.x % kThreads;
@@ -149,7 +149,7 @@ struct Runs {
     // loop, 6 with unrolled ones.
 #pragma unroll 1
     for (int run = thread; run < kRuns; run += kThreads) {
-      before[run] = height_of(rows[run], place);
+      before[run] = height_of(rows[run], pairing);
       order[run] = run;
     }
     if (sort) {
@@ -171,7 +171,7 @@ struct Runs {
     int tiles[kOwn], sum = 0;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      tiles[i] = (tiles_of(rows[order[thread * kOwn + i]], place) >> place.paired) * panel_blocks;
+      tiles[i] = (tiles_of(rows[order[thread * kOwn + i]], pairing) >> pairing.paired) * panel_blocks;
       sum += tiles[i];
     }
     const int total = sum_up_to_lane(sum);
