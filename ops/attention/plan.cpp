@@ -22,15 +22,19 @@ bool boxes_fit(const AttentionStrides& s) {
   return fits(s.batch) && fits(s.token) && fits(s.head);
 }
 
+// Blocks' worth of work, of so many groups each.
+int64_t prefill_tiles(const AttentionProblem& p, int groups) {
+  return (p.cu_seqlens_q ? 1 : p.batch) * p.q_heads * row_tiles_of(p, groups);
+}
+
 PrefillShape prefill_shape(const AttentionProblem& p, int most_groups, int64_t sms) {
-  const int64_t heads = (p.cu_seqlens_q ? 1 : p.batch) * p.q_heads;
   const bool causal = p.causal && p.prefix_len < 0 && !p.prefix_lens;
   // A prefix of 730 of 740, 32 heads of 64: 13.4 us, 13.8 without turns; 729 keys of 16 x 72: 11.2 us, 11.5 without;
   // 8192 of 16 x 128: 836 us, 790 without.
   const bool turns = !causal && p.head_size <= kPrefillRule.turns_head;
   // One wave: as many blocks as there are SMs for. Each has long and short rows of a causal mask.
   for (int groups = 1; groups <= most_groups; ++groups)
-    if (heads * row_tiles_of(p, groups) <= sms) return {groups, true, groups > 1 && turns, false};
+    if (prefill_tiles(p, groups) <= sms) return {groups, true, groups > 1 && turns, false};
   // Tiles of one length: a block that goes from one to the next has its loads ahead (13 x 729 keys of 16 x 72: 87 us,
   // 98 without). Of different lengths, each SM had better take the next when it is done with one.
   const bool even = !p.causal && p.window_left < 0 && p.window_right < 0 && !p.cu_seqlens_q;
@@ -80,7 +84,7 @@ int64_t row_tiles_of(const AttentionProblem& p, int groups) {
 }
 
 int64_t prefill_blocks(const AttentionProblem& p, const PrefillShape& shape, int64_t sms) {
-  const int64_t tiles = (p.cu_seqlens_q ? 1 : p.batch) * p.q_heads * row_tiles_of(p, shape.groups);
+  const int64_t tiles = prefill_tiles(p, shape.groups);
   return shape.persistent ? std::min(tiles, sms) : tiles;
 }
 
@@ -100,7 +104,7 @@ std::optional<PrefillPlan> prefill_plan(const AttentionProblem& p, int64_t sms) 
   for (const PrefillRow& row : kPrefillRows) {
     if (row.head_size < p.head_size || row.keys != keys) continue;
     const PrefillShape shape = prefill_shape(p, row.groups, sms);
-    if ((p.cu_seqlens_q ? 1 : p.batch) * p.q_heads * row_tiles_of(p, shape.groups) >= kMostKeys) return std::nullopt;
+    if (prefill_tiles(p, shape.groups) >= kMostKeys) return std::nullopt;
     return PrefillPlan{static_cast<int>(&row - kPrefillRows), shape};
   }
   return std::nullopt;
