@@ -141,6 +141,7 @@ struct Runs {
         for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) found = max(found, __shfl_xor_sync(~0u, found, lanes));
         high -= kLanes * kLoads;
       }
+      __syncwarp();  // four lanes have read it, and what comes between orders no memory
       if (several && thread % kLanes == 0) rows[run] = found > 0 ? found : low;
     }
     sync_threads(1, kThreads);
