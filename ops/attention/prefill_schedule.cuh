@@ -166,6 +166,7 @@ __device__ __forceinline__ KeyTiles key_tiles(const AttentionProblem& p, const L
 
 // By the whole warp, a lane for each group.
 __device__ __forceinline__ void write_plan(const PrefillArgs& a, const Work& w, Plan* plan) {
+  __syncwarp();  // every lane has written head, part and rows
   const int group = threadIdx.x % 32;
   Range keys{0x7fffffff, 0};
   if (group < a.groups) {
