@@ -155,7 +155,7 @@ class CudaClock(Clock):
         # The device is kept busy while the host submits the graph: the events see no gap before its first kernel.
         flushes = min(12, 1 + int(1.5 * launch_us / self._flush_us))
         pairs = []
-        for _ in range(self.replays):
+        for _ in range(self.replays if once_us < 1e5 else 5):
             for _ in range(flushes):
                 self._flush()
             if not cold:

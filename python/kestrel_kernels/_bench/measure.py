@@ -79,7 +79,7 @@ def _row(entry: Entry, clock: Clock, peers: str, notes: list[str]) -> results.Ro
             if name not in entry.bare and (fault := _fault(entry, entry.inputs(make), peer)):
                 notes.append(f"{name}: {fault}; left out")
                 continue
-            times[name] = results.rounded(clock.time([functools.partial(peer, s) for s in sets])[0])
+            times[name] = results.rounded(clock.cold([functools.partial(peer, s) for s in sets]))
         except Exception as problem:  # a peer is never our failure
             notes.append(f"{name}: {type(problem).__name__}: {_first_line(problem)}; left out")
     peak = clock.peak(entry.products) if entry.products else 1.0
