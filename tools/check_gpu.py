@@ -24,9 +24,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Where racecheck (2025.3) reports hazards between what stands before and behind a barrier of the whole block whose
-# warps come to it in two branches, and behind one of a group and an mbarrier.
-NOT_FOLLOWED = ("moe_wgmma_kernel", "prefill_kernel")
 LIMITS = {"tests": 900, "memcheck": 400, "racecheck": 400, "bench": 400}  # seconds
 SANITIZER_FOUND = 77  # exit status
 
@@ -102,9 +99,6 @@ def sanitize(tool: str, args: argparse.Namespace, limit: float, log: Path | None
     options = ["--tool", tool, "--error-exitcode", str(SANITIZER_FOUND), "--print-limit", "20"]
     if tool == "memcheck":
         options += ["--report-api-errors", "no"]  # torch asks the driver questions that may be answered with an error
-    else:
-        for kernel in NOT_FOLLOWED:
-            options += ["--kernel-name-exclude", f"kernel_substring={kernel}"]
     calls = [sys.executable, "-m", "kestrel_kernels._bench.small", *args.ops]
     # An allocation per tensor: an access past a tensor's end is one past an allocation's end.
     return run(tool, [command, *options, *calls], limit, log, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
