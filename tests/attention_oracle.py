@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -18,8 +20,10 @@ def attend(
     softcap: float = 0.0,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    rounded: Callable[[np.ndarray], np.ndarray] = lambda x: x,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One sequence: q [Sq, Hq, D], k and v [Sk, Hk, D] -> out [Sq, Hq, D], lse [Hq, Sq]."""
+    """One sequence: q [Sq, Hq, D], k and v [Sk, Hk, D] -> out [Sq, Hq, D], lse [Hq, Sq]. `rounded` is applied to what
+    two matrix products with a softmax between them would store: scores, weights, out."""
     (len_q, heads, width), (len_k, k_heads, _) = q.shape, k.shape
     scale = 1 / np.sqrt(width) if softmax_scale is None else softmax_scale
     position = np.arange(len_q)[:, None] + len_k - len_q
@@ -38,7 +42,7 @@ def attend(
     out, lse = np.zeros(q.shape), np.zeros((heads, len_q))
     for h in range(heads):
         group = h // (heads // k_heads)
-        scores = q[:, h] @ k[:, group].T * scale * k_scale
+        scores = rounded(q[:, h] @ k[:, group].T) * scale * k_scale
         if softcap:
             scores = softcap * np.tanh(scores / softcap)
         if learnable_sink is not None:
@@ -50,7 +54,7 @@ def attend(
         total = weights.sum(axis=1)
         with np.errstate(divide="ignore"):
             lse[h] = top[:, 0] + np.log(total)
-        weights /= np.where(total == 0, 1, total)[:, None]
+        weights = rounded(weights / np.where(total == 0, 1, total)[:, None])
         for i in range(len_q):
             out[i, h] = weights[i, :len_k][seen[i]] @ v[seen[i], group] * v_scale
-    return out, lse
+    return rounded(out), lse

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kestrel_kernels import _library
 from kestrel_kernels.flash_attn import cute
-from support import BACKENDS, HALVES, HAS_JAX, Backend, assert_close, random
+from support import BACKENDS, HALVES, HAS_JAX, Backend, assert_close, numpy_dtype, random
 
 SLACK = 3e-6  # sums of some hundred fp32 terms, before the one rounding
 # What tensor cores lose of a weight, half a unit in its last place: 2^-8 in bf16, 2^-11 in f16; squared where it is
@@ -226,6 +226,36 @@ def test_empty(backend: Backend, layout: str) -> None:
     if not layout.startswith("packed"):
         q, k = (backend.array(np.zeros((0, 3, 2, 8)), "bfloat16") for _ in range(2))
         assert cute.flash_attn_func(q, k, k).shape == (0, 3, 2, 8)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case([(1, 740), (1, 33)], (32, 32), 64, page_size=1, options={"causal": True}),
+        Case([(1, 500), (1, 1)], (32, 8), 128, page_size=16, options={"causal": True}),
+        Case([(300, 300)], (3, 3), 64, options={"causal": True}),
+        Case([(200, 200)], (2, 2), 128, page_size=1, options={"prefix_len": 150}),
+        Case([(243, 243)], (3, 3), 72),
+    ],
+    ids=["decode", "groups", "causal", "prefix", "full"],
+)
+def test_no_worse_than_matrix_products(backend: Backend, case: Case, dtype: str, kv_dtype: str | None) -> None:
+    """The error is at most that of products whose results are stored in 16 bits, with a softmax in fp32 between."""
+
+    def rounded(values: np.ndarray) -> np.ndarray:
+        return values.astype(numpy_dtype(dtype)).astype(np.float64)
+
+    case = replace(case, dtype=dtype, kv_dtype=kv_dtype)
+    ours, theirs = [], []
+    for i, (out, _) in enumerate(case.run(backend)):
+        arrays = case.q[i], case.k[i], case.v[i]
+        want, _ = attend(*arrays, **case.options)
+        ours.append(np.abs(out - want))
+        theirs.append(np.abs(attend(*arrays, **case.options, rounded=rounded)[0] - want))
+    assert max(map(np.max, ours)) <= max(map(np.max, theirs))
+    assert sum(map(np.mean, ours)) <= sum(map(np.mean, theirs))
 
 
 def test_long_causal(backend: Backend) -> None:
