@@ -54,6 +54,15 @@ class Backend:
         of = numpy_dtype(dtype)
         return self.array(np.full(shape, np.iinfo(of).max if of.kind in "iu" else np.nan), dtype)
 
+    def before_nan(self, array: Any) -> Any:
+        """The same array where 16 more rows stand behind it, of NaN. None stays None."""
+        if array is None:
+            return None
+        host = self.bits(array)
+        ones = f"i{host.itemsize}"  # all bits but the sign: NaN in every dtype of floats, e4m3 among them
+        behind = np.full((16, *host.shape[1:]), np.iinfo(ones).max, ones).view(host.dtype)
+        return self.array(np.concatenate([host, behind]), host.dtype.name)[: len(host)]
+
     def numpy(self, array: Any) -> np.ndarray:
         """The values, as float64 (integers: as they are)."""
         host = self.bits(array)

@@ -195,6 +195,7 @@ DTYPES = (*HALVES, "float8_e4m3fn")
         (67, 2, 4, 72, 24, 16),
         (150, 1, 2, 40, 17, 128),
         (9, 16, 16, 264, 136, 7),
+        (40, 2, 512, 64, 32, 16),
         (0, 4, 8, 32, 16, 16),
         (3, 2, 4, 0, 8, 16),
         (3, 2, 4, 8, 0, 16),
@@ -220,15 +221,11 @@ def test_routing(backend: Backend, dtype: str, block_m: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_expert_map(backend: Backend, dtype: str, ranks: int) -> None:
-    """Over pretended ranks, each with its own experts: what is left out adds nothing, and the sums make the whole."""
-    ids = draw_ids(6, 4, 8)
-    total = np.zeros((6, 40))
+    """Of pretended ranks, each with its own experts: what is left out adds nothing. (The ranks' sums make the whole:
+    test_fused_moe.)"""
     for rank in range(ranks):
         local = np.array([e // ranks if e % ranks == rank else -1 for e in range(8)])
-        problem = Problem(backend, dtype, ids, 8, 40, 24, 16, local)
-        problem.check_all()
-        total += problem.want_down(reduce=True)
-    assert not np.isnan(total).any()
+        Problem(backend, dtype, draw_ids(6, 4, 8), 8, 40, 24, 16, local).check_all()
 
 
 def test_deep(backend: Backend) -> None:
@@ -277,6 +274,23 @@ def test_few_tokens(
     """What streams its weights to tensor cores on CUDA: one or two groups of columns, depths of one granule to many,
     whole and ending within one, sums in one kernel and in parts."""
     Problem(backend, dtype, draw_ids(tokens, slots, experts), experts, hidden, inner, block_m).check_all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [6, 90])
+def test_padding(backend: Backend, dtype: str, tokens: int) -> None:
+    """The sentinel stands for a row behind the last one: NaN, were it read, and not to be written."""
+    problem = Problem(backend, dtype, draw_ids(tokens, 2, 4), 4, 64, 48)
+    up, down, total = problem.up("silu_and_mul"), problem.down(), problem.down(reduce=True)
+    for name in ("x", "x_scale", "mid", "mid_scale", "weights"):
+        setattr(problem, name, backend.before_nan(getattr(problem, name)))
+    whole = backend.poisoned((tokens + 16, 2, 48), problem.out_dtype)
+    assert np.array_equal(problem.up("silu_and_mul", out=whole[:tokens]), up)
+    assert np.isnan(backend.numpy(whole)[tokens:]).all()
+    whole = backend.poisoned((tokens + 16, 2, 64), problem.out_dtype)
+    assert np.array_equal(problem.down(out=whole[:tokens]), down)
+    assert np.isnan(backend.numpy(whole)[tokens:]).all()
+    assert np.array_equal(problem.down(reduce=True), total)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -411,6 +425,25 @@ def test_neighbours(backend: Backend, dtype: str) -> None:
     assert np.array_equal(whole.up("silu_and_mul")[others], up[others])
     got = whole.down(reduce=True)
     assert np.array_equal(got[others], total[others]) and np.isnan(got[20]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_neighbours_in_every_tile(backend: Backend, dtype: str) -> None:
+    """The same bits whether an expert has one row or so many that they fill several tiles, in blocks or in pairs."""
+    name = {"bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8"}[dtype]
+    for tile in (tile for tile in _moe_config.tiles() if tile.dtype == name):
+        ids = draw_ids(64 if tile.kernel_type == "warp" else 300, 2, 3)
+        whole = Problem(backend, dtype, ids, 3, 192, 128, tile.block_m)
+        whole.config = tile
+        want = [whole.up("silu_and_mul"), whole.down(), whole.down(reduce=True)]
+        for some in ([7], list(range(20, 60))):
+            part = Problem(backend, dtype, ids[some], 3, 192, 128, tile.block_m)
+            part.config = tile
+            for field in ("x", "x_scale", "mid", "mid_scale", "weights"):
+                if (array := getattr(whole, field)) is not None:
+                    setattr(part, field, array[some])
+            for got, right in zip([part.up("silu_and_mul"), part.down(), part.down(reduce=True)], want, strict=True):
+                assert np.array_equal(got, right[some])
 
 
 def test_all_e4m3_values(backend: Backend) -> None:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kestrel_kernels import _cli, _info, _library, sample_top_k
+from kestrel_kernels.flash_attn.cute import last_kernel
 from support import BACKENDS
 
 gguf = pytest.importorskip("gguf")
@@ -168,6 +169,17 @@ def test_pages_do_not_matter(model: Model, tokenizer: Tokenizer, kv_cache_dtype:
     ids = tokenizer.chat("Hello")
     a, b = (forced(model, ids, len(ids) - 3, kv_cache_dtype, page_seed=seed) for seed in (1, 2))
     assert np.array_equal(a, b) and np.isfinite(a).all()
+
+
+def test_kernels_of_attention(model: Model) -> None:
+    """The prompt and each token go through the kernels that are made for them."""
+    session = Session(model, 100)
+    ran = []
+    for ids in (list(range(40)), [1]):
+        session.append(ids)
+        ran.append(last_kernel())
+    on_gpu = ["FlashAttentionFwd", "FlashAttentionDecodeSm90PersistentSplitFused"]
+    assert ran in (on_gpu, [on_gpu[0], "FlashAttentionDecodeSm90"], ["cpu"] * 2)
 
 
 def answer(model: Model, tokenizer: Tokenizer, prompt: str, max_tokens: int, **sampling: Any) -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kestrel_kernels import _library, cute_moe, moe_align
+from kestrel_kernels import _library, _moe_config, cute_moe, moe_align
 from kestrel_kernels.cute_moe import fused_moe
 from kestrel_kernels.moe_sum import moe_sum
 from support import BACKENDS, CUDA_BACKENDS, HALVES, HAS_JAX, Backend, numpy_dtype, random, relative_error
@@ -135,6 +135,7 @@ class Layer:
         (67, 2, 4, 72, 24, 16),
         (150, 1, 2, 40, 17, 128),
         (9, 16, 16, 264, 136, 7),
+        (40, 2, 512, 64, 32, 16),
         (0, 4, 8, 32, 16, 16),
         (3, 0, 4, 32, 16, 16),
         (3, 2, 4, 0, 8, 16),
@@ -313,6 +314,31 @@ def test_neighbours(backend: Backend, dtype: str) -> None:
     whole.x = backend.array(x, whole.x_dtype)
     got, others = whole.run(), np.arange(50) != 20
     assert np.array_equal(got[others], want[others]) and np.isnan(got[20]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_neighbours_in_every_tile(backend: Backend, dtype: str) -> None:
+    """The same bits whether an expert has one row or so many that they fill several tiles, in blocks or in pairs."""
+    name = {"bfloat16": "bf16", "float16": "fp16", FP8: "fp8"}[dtype]
+    for tile in (tile for tile in _moe_config.tiles() if tile.dtype == name):
+        ids = draw_ids(64 if tile.kernel_type == "warp" else 300, 2, 3)
+        whole = Layer(backend, dtype, ids, 3, 192, 128)
+        want = whole.run(config=tile)
+        for some in ([7], list(range(20, 60))):
+            part = Layer(backend, dtype, ids[some], 3, 192, 128)
+            part.x, part.weights = whole.x[some], whole.weights[some]
+            assert np.array_equal(part.run(config=tile), want[some])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_padding(backend: Backend, dtype: str) -> None:
+    """What stands behind the tokens, the sentinel's place in the lists, is neither read nor written."""
+    layer = Layer(backend, dtype, draw_ids(90, 2, 4), 4, 64, 48)
+    want = layer.run()
+    layer.x, layer.weights = backend.before_nan(layer.x), backend.before_nan(layer.weights)
+    whole = backend.poisoned((106, 64), layer.out_dtype)
+    assert np.array_equal(layer.run(out=whole[:90]), want)
+    assert np.isnan(backend.numpy(whole)[90:]).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -58,6 +58,17 @@ def products(x: Any, w: Any, expert: Any) -> Any:
     return torch.einsum("tkd,tkod->tko", x.expand(*expert.shape, -1), w[expert])
 
 
+def test_align(large: Large) -> None:
+    """A padded total past 2^31."""
+    size = large.elements // 2 + 1
+    ids = torch.tensor([[0], [1]], device=large.device).int()
+    ordered = large.unwritten(2 * size, dtype=torch.int32)
+    blocks, total = large.unwritten(2, dtype=torch.int32), large.unwritten(1, dtype=torch.int64)
+    kk.moe_align_block_size(ids, 2, size, ordered, blocks, total)
+    assert total.tolist() == [2 * size] and blocks.tolist() == [0, 1]
+    assert ordered[[0, size]].tolist() == [0, 1] and int((ordered == 2).sum()) == 2 * size - 2
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_result_of_up(large: Large, dtype: str) -> None:
     """[T, 2, 2I] is past 2^31."""
