@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "kestrel/arithmetic.h"
 #include "kestrel/cpu/parallel.h"
 #include "kestrel/cpu/vec.h"
 
@@ -21,8 +22,6 @@ inline constexpr int kColumns = 4;
 inline constexpr int kTileRows = kLanes == 16 ? 6 : kLanes == 8 ? 3 : 2;
 inline constexpr int kBlockColumns = 128;
 inline constexpr int kPairLanes = 2 * kLanes;  // the depth goes by pairs of vectors
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One or two (a gate's) matrices of the same shape.
 template <class T>

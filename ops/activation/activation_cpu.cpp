@@ -1,22 +1,13 @@
 #include "kestrel/cpu/convert.h"
-#include "kestrel/cpu/math.h"
 #include "kestrel/cpu/parallel.h"
-#include "ops/activation/gate.h"
+#include "ops/activation/gate_cpu.h"
 
 namespace KESTREL_CPU {
 namespace {
 
-template <Gate kGate>
-inline float apply(float a, float b) {
-  if constexpr (kGate == Gate::kGeluResidual) return gelu(a) * (b + 1.0f);
-  if constexpr (kGate == Gate::kSilu) return silu(a) * b;
-  if constexpr (kGate == Gate::kGelu) return gelu(a) * b;
-  if constexpr (kGate == Gate::kGeluTanh) return gelu_tanh(a) * b;
-}
-
 template <class T, Gate kGate>
 void apply_row(T* __restrict out, const T* __restrict a, const T* __restrict b, int64_t width) {
-  for (int64_t i = 0; i < width; ++i) out[i] = from_float<T>(apply<kGate>(to_float(a[i]), to_float(b[i])));
+  for (int64_t i = 0; i < width; ++i) out[i] = from_float<T>(apply_gate<kGate>(to_float(a[i]), to_float(b[i])));
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ namespace kestrel {
 
 enum class Gate { kGeluResidual, kSilu, kGelu, kGeluTanh };
 
-// gate_dispatch(gate, [&]<Gate kGate>() { ... })
+// dispatch_gate(gate, [&]<Gate kGate>() { ... })
 template <class Body>
 void dispatch_gate(Gate gate, Body&& body) {
   switch (gate) {

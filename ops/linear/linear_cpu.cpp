@@ -1,4 +1,6 @@
 #include "kestrel/cpu/matmul.h"
+#include "kestrel/cpu/rows.h"
+#include "ops/activation/gate_cpu.h"
 #include "ops/linear/linear_args.h"
 
 namespace KESTREL_CPU {
@@ -18,10 +20,10 @@ void activate(Kind kind, int64_t count, float* __restrict a, const float* __rest
     case Kind::kGelu: return each(count, a, [](float v, int64_t) { return gelu(v); });
     case Kind::kGeluTanh: return each(count, a, [](float v, int64_t) { return gelu_tanh(v); });
     case Kind::kSilu: return each(count, a, [](float v, int64_t) { return silu(v); });
-    case Kind::kGeluResidualGate: return each(count, a, [=](float v, int64_t i) { return gelu(v) * (g[i] + 1.0f); });
-    case Kind::kSiluGate: return each(count, a, [=](float v, int64_t i) { return silu(v) * g[i]; });
-    case Kind::kGeluGate: return each(count, a, [=](float v, int64_t i) { return gelu(v) * g[i]; });
-    case Kind::kGeluTanhGate: return each(count, a, [=](float v, int64_t i) { return gelu_tanh(v) * g[i]; });
+    case Kind::kGeluResidualGate: return apply_gate(Gate::kGeluResidual, count, a, g);
+    case Kind::kSiluGate: return apply_gate(Gate::kSilu, count, a, g);
+    case Kind::kGeluGate: return apply_gate(Gate::kGelu, count, a, g);
+    case Kind::kGeluTanhGate: return apply_gate(Gate::kGeluTanh, count, a, g);
   }
 }
 
@@ -45,8 +47,7 @@ void linear(const LinearArgs& args) {
                       const T* residual = args.residual->ptr<T>() + args.residual_rows.offset(row) + first;
                       each(count, a, [=](float v, int64_t i) { return v + to_float(residual[i]); });
                     }
-                    T* __restrict out = args.out.ptr<T>() + args.out_rows.offset(row) + first;
-                    for (int64_t i = 0; i < count; ++i) out[i] = from_float<T>(a[i]);
+                    narrow(args.out.ptr<T>() + args.out_rows.offset(row) + first, a, count);
                   });
 }
 

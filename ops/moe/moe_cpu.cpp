@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "kestrel/cpu/matmul.h"
+#include "kestrel/cpu/rows.h"
+#include "ops/activation/gate_cpu.h"
 #include "ops/moe/moe_args.h"
 
 namespace KESTREL_CPU {
@@ -13,16 +15,6 @@ namespace {
 template <class F>
 inline void each(int64_t count, float* __restrict a, F f) {
   for (int64_t i = 0; i < count; ++i) a[i] = f(a[i], i);
-}
-
-// In place on a.
-void apply(Gate gate, int64_t count, float* __restrict a, const float* __restrict g) {
-  switch (gate) {
-    case Gate::kGeluResidual: return each(count, a, [=](float v, int64_t i) { return gelu(v) * (g[i] + 1.0f); });
-    case Gate::kSilu: return each(count, a, [=](float v, int64_t i) { return silu(v) * g[i]; });
-    case Gate::kGelu: return each(count, a, [=](float v, int64_t i) { return gelu(v) * g[i]; });
-    case Gate::kGeluTanh: return each(count, a, [=](float v, int64_t i) { return gelu_tanh(v) * g[i]; });
-  }
 }
 
 // body(expert, assignments, their number) for each run of blocks of one expert.
@@ -73,21 +65,16 @@ Out* out_row(const MoeArgs& args, int64_t row) {
   return args.out.ptr<Out>() + args.out_rows.offset(row);
 }
 
-template <class Out>
-void put(Out* __restrict out, const float* __restrict sums, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = from_float<Out>(sums[i]);
-}
-
 template <class T, class Out>
 void up(const MoeArgs& args) {
   products<2, T>(args, 0, args.width, [&](int64_t assignment, int64_t column, int64_t count, float* a, float* g) {
     Out* const out = out_row<Out>(args, assignment) + column;
     if (args.gate) {
-      apply(*args.gate, count, a, g);
+      apply_gate(*args.gate, count, a, g);
     } else {
-      put(out + args.width, g, count);
+      narrow(out + args.width, g, count);
     }
-    put(out, a, count);
+    narrow(out, a, count);
   });
 }
 
@@ -100,7 +87,7 @@ void down(const MoeArgs& args) {
   products<1, T>(args, 0, args.width, [&](int64_t assignment, int64_t column, int64_t count, float* a, float*) {
     const float weight = routing_weight(args, assignment);
     each(count, a, [=](float v, int64_t) { return v * weight; });
-    put(out_row<Out>(args, assignment) + column, a, count);
+    narrow(out_row<Out>(args, assignment) + column, a, count);
   });
 }
 
@@ -133,7 +120,7 @@ void down_reduced(const MoeArgs& args) {
             const float* part = parts.get() + a * width + column;
             each(count, sums, [=](float v, int64_t i) { return v + part[i]; });
           }
-          put(out_row<Out>(args, token) + first + column, sums, count);
+          narrow(out_row<Out>(args, token) + first + column, sums, count);
         }
       }
     });
