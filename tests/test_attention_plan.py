@@ -87,6 +87,13 @@ def test_kernels() -> None:
     assert attention_plan(132, 1, 1, 740, 32, 32, 256)["kernel"] == "FlashAttentionPlain"
 
 
+def test_plans_of_fresh_tokens() -> None:
+    """What the newest tokens alone keep waiting is launched otherwise, and shown so."""
+    fresh = [name for name in NAMES if name.endswith(" fresh1")]
+    (decode,) = (kind for kind in ENTRIES if kind.op == "attention_decode")
+    assert any(decode(name).plan(H200_SMS) != decode(name.removesuffix(" fresh1")).plan(H200_SMS) for name in fresh)
+
+
 def info(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, str]]:
     assert _info.main(["attention", *arguments]) == 0
     blocks = capsys.readouterr().out.strip().split("\n\n")

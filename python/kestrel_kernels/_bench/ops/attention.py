@@ -198,6 +198,7 @@ class AttentionDecode(AttentionEntry):
             e4m3=self.dtype == "fp8",
             page_size=self.page,
             causal=True,
+            fresh_tokens=self.fresh,
         )
 
     def inputs(self, make: Maker) -> Set:
