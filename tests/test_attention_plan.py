@@ -112,7 +112,23 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("case", ["b1 kv740", "layernorm", ""])
 def test_info_of_no_case(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _info.main(["attention", "--case", case]) == 2
-    assert "b1 kv740 h32 d64 bf16 page1" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"got {case!r}" in error
+    assert len(info(capsys, *(word for example in _info._EXAMPLES for word in ("--case", example)))) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["attention"], "attention and --case NAME must be given together"),
+        (["--case", "causal h32 d64 s740"], "attention and --case NAME must be given together"),
+        (["attention", "--case", "causal h32 d64 s740", "--sms", "0"], "argument --sms: must be at least 1, got 0"),
+    ],
+)
+def test_info_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _info.main(arguments)
+    assert capsys.readouterr().err.endswith(f"kestrel-kernels info: error: {message}\n")
 
 
 def test_registers_of_every_case(capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,8 +141,11 @@ def test_command(capsys: Any) -> None:
     if not torch.cuda.is_available():
         assert _tune.main(["moe"]) == 2
         assert "needs a Hopper GPU; --device cpu" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        _tune.main(["moe", "--num-tokens", "0"])
+    for wrong in ("0", "8.5"):
+        with pytest.raises(SystemExit):
+            _tune.main(["moe", "--num-tokens", wrong])
+        error = capsys.readouterr().err
+        assert error.endswith(f"argument --num-tokens: must be an integer of at least 1, got {wrong}\n")
     done = subprocess.run(
         [sys.executable, ROOT / "scripts/grid_search_cute_moe.py", "--help"], capture_output=True, text=True
     )

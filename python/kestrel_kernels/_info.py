@@ -16,6 +16,8 @@ import kestrel_kernels
 from kestrel_kernels import _attention_plan, _library
 from kestrel_kernels._attention_plan import H200_SMS
 
+_EXAMPLES = ("causal h32 d64 s740", "b1 kv740 h32 d64 bf16 page1", "h32 d64 s5+17+33")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a table, or the one path that a flag asks for; 1 where the package's own files are missing, 2 for a case
@@ -25,12 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("--cmake-dir", action="store_true", help="the folder for find_package(KestrelKernels)")
     one.add_argument("--include-dir", action="store_true", help="the folder of <kestrel/*.h> and <dlpack/dlpack.h>")
     one.add_argument("--lib-dir", action="store_true", help="the folder of libkestrel.so")
-    parser.add_argument("op", nargs="?", choices=["attention"], help="what its rules choose")
-    parser.add_argument("--case", action="append", metavar="NAME", help='as in bench: "b1 kv740 h32 d64 bf16 page1"')
-    parser.add_argument("--sms", type=int, default=H200_SMS, help=f"of the GPU (default: {H200_SMS}, an H200)")
+    parser.add_argument("op", nargs="?", choices=["attention"], help="what its rules choose for the cases")
+    parser.add_argument("--case", action="append", metavar="NAME", help=f'as in bench: "{_EXAMPLES[1]}"')
+    parser.add_argument(
+        "--sms", type=int, default=H200_SMS, metavar="N", help=f"SMs of the GPU (default: {H200_SMS}, an H200)"
+    )
     options = parser.parse_args(argv)
-    if bool(options.op) != bool(options.case) or options.sms < 1:
-        parser.error("'attention' and --case go together; --sms is at least 1")
+    if bool(options.op) != bool(options.case):
+        parser.error("attention and --case NAME must be given together")
+    if options.sms < 1:
+        parser.error(f"argument --sms: must be at least 1, got {options.sms}")
     try:
         if options.op:
             return _print_plans(options.case, options.sms)
@@ -79,14 +85,17 @@ def _print_plans(cases: Sequence[str], sms: int) -> int:
     if not importlib.util.find_spec("torch"):
         print("kestrel-kernels info: the bench, whose cases these are, needs torch", file=sys.stderr)
         return 2
-    from kestrel_kernels._bench.entry import load_cases
     from kestrel_kernels._bench.ops.attention import ENTRIES
 
     for i, case in enumerate(cases):
         kinds = [kind for kind in ENTRIES if re.fullmatch(kind.pattern, case)]
         if not kinds:
-            known = "".join(f"\n  {c.name}" for c in load_cases() if c.op in {kind.op for kind in ENTRIES})
-            print(f"kestrel-kernels info: no case of attention is called {case!r}; some are{known}", file=sys.stderr)
+            like = " or ".join(f'"{example}"' for example in _EXAMPLES)
+            print(
+                f"kestrel-kernels info: --case must be written like {like}, got {case!r} (all that are measured: "
+                "kestrel-kernels bench --list)",
+                file=sys.stderr,
+            )
             return 2
         rows = {"case": case, "GPU": f"{sms} SMs{', an H200: --sms for another' if sms == H200_SMS else ''}"}
         rows |= _attention_plan.lines(kinds[0](case).plan(sms))

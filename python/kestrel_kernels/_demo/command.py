@@ -23,7 +23,8 @@ def _at_least(kind: type, low: float, high: float = float("inf")):  # type: igno
             value = None
         if value is None or not low <= value <= high:
             bounds = f"{low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}"
-            raise argparse.ArgumentTypeError(f"must be {'an integer' if kind is int else 'a number'} {bounds}")
+            what = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} {bounds}, got {text}")
         return value
 
     return parse
