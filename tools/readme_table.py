@@ -47,9 +47,9 @@ def table(results: dict[str, Any], recorded: dict[tuple[str, str], float]) -> st
     lines = [
         f"<details><summary>All {len(rows)} cases, in microseconds</summary>",
         "",
-        f"{results['gpu']}, microseconds per call: cold (no input in a cache; of linear no weights), warm, the floor "
-        "that memory and matrix units set, and the fastest other implementation in the same run, and what was recorded "
-        "of one elsewhere where that is less"
+        f"{results['gpu']}, microseconds per call. Cold: no input is in a cache (of linear, no weights are); warm: the "
+        "same inputs again and again; floor: what the bandwidth of memory and the matrix units allow. Best peer: the "
+        "fastest other implementation in the same run, and one recorded at another time where that was faster"
         + ("; bare product: the matrix products alone, without what the op does besides." if any_bare else "."),
         "",
         "| op | case | cold | warm | floor | of floor | best peer |",
