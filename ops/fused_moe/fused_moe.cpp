@@ -1,3 +1,9 @@
+// The chain: alignment, quantization of x, up with its gate, quantization of the gated values, down, sum. At few tokens
+// the products list the experts themselves, and up quantizes x.
+// What binds where a target is missed (H200, fp8, E64 H2048 I1024 k8). At one token (18.4 us, target 16) memory is idle
+// from the last weights of up, 9.5 us after its wait, to the first of down, at 13.8. At 740 and 2048 tokens (146 and
+// 309, targets 110 and 215) the steps around the products take: alignment and x 6 and 10, the gated values, which are
+// fp32, 7 and 23, the sum 5.4 and 18. A warpgroup for the last two inside the products lost (740: 247, 186 without).
 #include "ops/fused_moe/fused_moe.h"
 
 #include <algorithm>

@@ -10,7 +10,7 @@
 
 namespace kestrel {
 
-// The one place that knows the gates by name.
+// The gates as the ops over experts call them. (`linear` has activations besides.)
 struct NamedGate {
   std::string_view name;
   Gate value;

@@ -32,8 +32,9 @@ KESTREL_API void topk_router(Stream stream, Tensor weights, Tensor ids, Tensor s
 //   u     Philox4x32-10 (Salmon et al. 2011) with key = the low and high half of seed and counter = the low and high
 //         half of offset + r (modulo 2^64), 0, 0; u = (its first word >> 8) * 2^-24, in [0, 1)
 //   w[i]  exp((l[i] - l[0]) / temperature) by exp_weight() of draw.h, for l[0] >= l[1] >= ... the k best logits in
-//   order c[i]  c[i-1] + w[i], added in that order id    that of the first i with c[i] > u * c[k-1]; where there is
-//   none (a NaN or an infinite best logit), of i = 0.
+//         order
+//   c[i]  c[i-1] + w[i], added in that order
+//   id    that of the first i with c[i] > u * c[k-1]; where there is none (a NaN or an infinite best logit), of i = 0.
 // On a device a temperature that is not above 0 gives the best, too.
 KESTREL_API void sample_top_k(Stream stream, Tensor ids, Tensor logits, int64_t k, Value<float> temperature,
                               Value<int64_t> seed, Value<int64_t> offset);

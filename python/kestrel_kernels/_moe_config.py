@@ -35,7 +35,8 @@ class CuteMoeConfig:
         num_warps: warps of a block.
         num_stages: steps that are on their way from memory.
         dtype: "bf16", "fp16" or "fp8".
-        kernel_type: "warp" (mma.sync) or "wgmma".
+        kernel_type: "warp" (mma.sync), for up to 64 tokens: more go to wgmma; or "wgmma". Operands that neither takes
+            (rows that do not lie at multiples of 16 bytes, odd sizes) go to a plain kernel.
 
     Raises:
         ValueError: a size below 1, or another name; where it is used, a tile that is not compiled.

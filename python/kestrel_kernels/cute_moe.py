@@ -5,8 +5,9 @@ T tokens, K experts a token, E experts (those whose weights are here), H hidden,
 scales, gates and routing weights are fp32, rounded once for each array that is stored. The products take the
 assignments grouped by expert, as `kestrel_kernels.moe_align` gives them, in blocks of `config.block_m`, or of
 `get_cute_moe_block_m` for the weights' shapes where no config is given. Assignments that alignment left out add nothing
-to a sum; their rows of a result `[T, K, ...]` are unspecified. The bits of an assignment depend on its own row and its
-expert's weights alone.
+to a sum; their rows of a result `[T, K, ...]` are unspecified. By one kernel, the bits of an assignment depend on its
+own row and its expert's weights alone; on the GPU the kernel goes by the number of tokens (up to 64 have their own), by
+strides and alignment, and by a config.
 
 `fused_moe` is one call of the library, with all its intermediates in one workspace: the assignments are grouped by
 expert (as MegaBlocks has it, Gale et al. 2022, arXiv:2211.15841), the gate is applied to the fp32 sums of the first
@@ -459,8 +460,9 @@ def fused_moe(
 ) -> ArrayT:
     """out[t] = sum over k of topk_weights[t, k] * gate(x[t] w_upᵀ) w_downᵀ, with the weights of expert topk_ids[t, k].
 
-    The bits of a token's result depend on its own row, its weights and its experts alone. The sum is in fp32; on the
-    GPU, with many tokens, of rows that are rounded to out's dtype, as `invoke_cute_moe_down` and `moe_sum` have them.
+    By the same kernels, the bits of a token's result depend on its own row, its weights and its experts alone: see the
+    module. The sum is in fp32; on the GPU, with many tokens, of rows that are rounded to out's dtype, as
+    `invoke_cute_moe_down` and `moe_sum` have them.
 
     Args:
         x: `[T, H]`, bf16 or fp16.
