@@ -74,9 +74,6 @@ __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int c0, int
                : "memory");
 }
 
-// prefetch.global.L2: one line. Unlike a load it keeps no load of another block on the SM waiting.
-__device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 // cp.async, 16 bytes (or 4 or 8, which go through L1): of those `valid` (all or 0) are read, the others come as zero.
 template <int kBytes = 16>
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint32_t valid = kBytes) {

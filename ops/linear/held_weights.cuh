@@ -8,6 +8,7 @@
 
 #include <utility>
 
+#include "kestrel/hopper/fragment.cuh"
 #include "kestrel/hopper/pdl.cuh"
 #include "kestrel/hopper/weight_stream.cuh"
 #include "kestrel/launch.h"
@@ -61,8 +62,8 @@ __global__ void __launch_bounds__(held_warps(kDepth) * kWarp, kGroups* held_step
   compute_now(bias);
   const bool has_bias = finishes && args.bias, has_residual = finishes && args.residual;
   if (has_bias) {
-    prefetch_line(bias);
-    if (gate) prefetch_line(bias + args.columns);
+    prefetch(bias);
+    if (gate) prefetch(bias + args.columns);
   }
 
   // Chunks q and q + 4 of a slab, of x too: the four threads of a row read 64 adjacent bytes.

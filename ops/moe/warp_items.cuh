@@ -5,8 +5,8 @@
 #pragma once
 
 #include "kestrel/hopper/divide.cuh"
+#include "kestrel/hopper/fragment.cuh"
 #include "kestrel/hopper/mbarrier.cuh"
-#include "kestrel/hopper/tma.cuh"
 #include "kestrel/hopper/warp.cuh"
 
 namespace kestrel::cuda {
@@ -109,10 +109,10 @@ __device__ __forceinline__ void prepare_lists(const MoeRouting& r, const MoeList
     uint32_t blocks, rest;
     r.passes_per_block(r.candidates, &blocks, &rest);
     for (uint32_t i = threadIdx.x * 32; i < r.positions; i += blockDim.x * 32) {
-      prefetch_line(r.sorted_token_ids + i);
-      if (i < blocks) prefetch_line(r.expert_ids + i);
+      prefetch(r.sorted_token_ids + i);
+      if (i < blocks) prefetch(r.expert_ids + i);
     }
-    if (threadIdx.x == 0) prefetch_line(r.num_tokens_post_pad);
+    if (threadIdx.x == 0) prefetch(r.num_tokens_post_pad);
   }
 }
 
