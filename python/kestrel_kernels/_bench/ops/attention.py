@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,17 +10,22 @@ from kestrel_kernels._attention_plan import Plan, attention_plan
 from kestrel_kernels._bench.entry import Entry, Maker, Peer, Set
 
 
-def paged_cache(make: Maker, s: Set, batch: int, keys: int, heads: int, size: int, page: int, dtype: str) -> Set:
-    """Caches in pages of random order, each page used once; NaN past the last key of each sequence."""
-    per_sequence = -(-keys // page)
-    table = make.distinct(batch * per_sequence, batch * per_sequence, "int32").view(batch, per_sequence)
+def paged_cache(make: Maker, s: Set, lengths: Sequence[int], heads: int, size: int, page: int, dtype: str) -> Set:
+    """Caches of sequences of these lengths, in pages of random order, each page used once; NaN past the last key of
+    each sequence, and no page behind it in the table."""
+    counts = [-(-n // page) for n in lengths]
+    pages = sum(counts)
+    table = torch.full((len(lengths), max(counts)), -1, dtype=torch.int32, device=make.device)
+    for row, used in zip(table, make.distinct(pages, pages, "int32").split(counts), strict=True):
+        row[: len(used)] = used
     for name in ("k_cache", "v_cache"):
-        values = make.normal(batch * per_sequence, page, heads, size)
-        if keys % page:
-            values[table[:, -1].long(), keys % page :] = float("nan")
+        values = make.normal(pages, page, heads, size)
+        for i, n in enumerate(lengths):
+            if n % page:
+                values[int(table[i, n // page]), n % page :] = float("nan")
         s[name] = values.to(torch.float8_e4m3fn) if dtype == "fp8" else values
     s["page_table"] = table
-    s["seqused_k"] = torch.full((batch,), keys, dtype=torch.int32, device=make.device)
+    s["seqused_k"] = torch.tensor(lengths, dtype=torch.int32, device=make.device)
     for name, scale in (("k_scale", 0.5), ("v_scale", 2.0)):
         s[name] = torch.full((1,), scale, device=make.device) if dtype == "fp8" else None
     return s
@@ -110,7 +115,7 @@ class AttentionPrefill(AttentionEntry):
         if self.dtype:
             s["prefix_len"] = self.prefix
             s["seen"] = self._seen(torch.arange(self.tokens, device=make.device))
-            return paged_cache(make, s, batch, self.tokens, self.heads, self.size, 1, self.dtype)
+            return paged_cache(make, s, [self.tokens] * batch, self.heads, self.size, 1, self.dtype)
         return {**s, "k": make.normal(*shape), "v": make.normal(*shape), "causal": self.mask == "causal"}
 
     def _seen(self, queries: torch.Tensor) -> torch.Tensor | None:
@@ -166,24 +171,28 @@ class AttentionPrefill(AttentionEntry):
 
 
 class AttentionDecode(AttentionEntry):
-    """One query token per sequence, all sequences of one length."""
+    """One query token per sequence; sequences of one length, or ("kv128-32768") of lengths that fall by a constant
+    factor from the one to the other. "invariant": batch_invariant."""
 
     op = "attention_decode"
     pattern = (
-        r"b(?P<batch>\d+) kv(?P<keys>\d+) h(?P<heads>\d+)(/(?P<kv_heads>\d+))? d(?P<size>\d+) "
-        r"(?P<dtype>bf16|fp8) page(?P<page>\d+)( fresh(?P<fresh>\d+))?"
+        r"b(?P<batch>\d+) kv((?P<least>\d+)-)?(?P<keys>\d+) h(?P<heads>\d+)(/(?P<kv_heads>\d+))? d(?P<size>\d+) "
+        r"(?P<dtype>bf16|fp8) page(?P<page>\d+)( fresh(?P<fresh>\d+))?( (?P<invariant>invariant))?"
     )
     function = "flash_attn.cute.flash_attn_with_kvcache"
-    arguments = "q k_cache v_cache page_table= seqused_k= causal= k_scale= v_scale= fresh_tokens= out="
+    arguments = "q k_cache v_cache page_table= seqused_k= causal= k_scale= v_scale= fresh_tokens= batch_invariant= out="
     small = (
         "b2 kv5 h4/2 d64 bf16 page1",
         "b1 kv37 h2 d72 fp8 page16",
         "b3 kv1 h2 d64 bf16 page1",
         "b2 kv33 h4 d128 bf16 page1 fresh1",
         "b2 kv2100 h1 d64 bf16 page1",
+        "b5 kv3-2100 h2 d64 bf16 page16",
+        "b2 kv700 h2 d64 fp8 page1 invariant",
     )
 
     batch: int
+    least: int | None
     keys: int
     heads: int
     kv_heads: int | None
@@ -191,6 +200,13 @@ class AttentionDecode(AttentionEntry):
     dtype: str
     page: int
     fresh: int | None
+    invariant: str | None
+
+    @property
+    def _lengths(self) -> list[int]:
+        if self.least is None or self.batch == 1:
+            return [self.keys] * self.batch
+        return [round(self.keys * (self.least / self.keys) ** (i / (self.batch - 1))) for i in range(self.batch)]
 
     def plan(self, sms: int) -> Plan:
         return attention_plan(
@@ -199,25 +215,32 @@ class AttentionDecode(AttentionEntry):
             page_size=self.page,
             causal=True,
             fresh_tokens=self.fresh,
+            batch_invariant=self.invariant is not None,
         )
 
     def inputs(self, make: Maker) -> Set:
         shape = (self.batch, 1, self.heads, self.size)
         s: Set = {"q": make.normal(*shape), "out": make.empty(*shape), "fresh_tokens": self.fresh, "causal": True}
-        return paged_cache(
-            make, s, self.batch, self.keys, self.kv_heads or self.heads, self.size, self.page, self.dtype
-        )
+        s["batch_invariant"] = self.invariant is not None
+        return paged_cache(make, s, self._lengths, self.kv_heads or self.heads, self.size, self.page, self.dtype)
 
     @property
     def bytes(self) -> int:
         per_key = 2 * (self.kv_heads or self.heads) * self.size * (1 if self.dtype == "fp8" else 2)
-        pages = -(-self.keys // self.page)
-        return self.batch * (self.keys * per_key + 2 * 2 * self.heads * self.size + 4 * pages + 4)
+        pages = sum(-(-n // self.page) for n in self._lengths)
+        return sum(self._lengths) * per_key + self.batch * (2 * 2 * self.heads * self.size + 4) + 4 * pages
+
+    def _sequences(self, s: Set) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        for i, n in enumerate(self._lengths):
+            own = {**s, "page_table": s["page_table"][i : i + 1, : -(-n // self.page)]}
+            yield s["q"][i : i + 1], gathered(own, "k", n), gathered(own, "v", n)
 
     def reference(self, s: Set) -> Sequence[torch.Tensor]:
-        return [true_attention(s["q"], gathered(s, "k", self.keys), gathered(s, "v", self.keys), None)]
+        return [torch.cat([true_attention(q, k, v, None) for q, k, v in self._sequences(s)])]
 
     def eager(self, s: Set) -> Any:
+        if self.least is not None:
+            return torch.cat([sdpa(q, k, v) for q, k, v in self._sequences(s)])
         return sdpa(s["q"], gathered(s, "k", self.keys), gathered(s, "v", self.keys))
 
 
