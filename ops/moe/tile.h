@@ -31,12 +31,14 @@ struct MoeTile {
   }
 };
 
-// Of the weights; the token counts that a layer is tuned for, ascending, each with the tiles of its two products.
+// Of a layer's weights.
 struct MoeLayerSizes {
   int64_t experts, hidden, inner;
   DType dtype;
   bool operator==(const MoeLayerSizes&) const = default;
 };
+
+// A token count that a layer was tuned for, with the tiles of its two products there.
 struct MoePoint {
   int64_t tokens;
   int up, down;
