@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -116,6 +118,30 @@ HAS_JAX = importlib.util.find_spec("jax") is not None
 HAS_JAX_CUDA = bool(CUDA_BACKENDS) and any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
 if HAS_JAX_CUDA:  # torch and the others want memory too
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+# The activations in float64, and the gates that ops take by name.
+_erfc = np.vectorize(math.erfc, otypes=[float])
+
+
+def gelu(a: np.ndarray) -> np.ndarray:
+    return a * _erfc(-a / math.sqrt(2)) / 2
+
+
+def gelu_tanh(a: np.ndarray) -> np.ndarray:
+    return a * (1 + np.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3))) / 2
+
+
+def silu(a: np.ndarray) -> np.ndarray:
+    return a / (1 + np.exp(-a))
+
+
+GATES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "gelu_residual": lambda a, b: gelu(a) * (b + 1),
+    "silu_and_mul": lambda a, b: silu(a) * b,
+    "gelu_and_mul": lambda a, b: gelu(a) * b,
+    "gelu_tanh_and_mul": lambda a, b: gelu_tanh(a) * b,
+}
 
 
 def random(shape: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> np.ndarray:

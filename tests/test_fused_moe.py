@@ -15,7 +15,7 @@ from kestrel_kernels import _library, _moe_config, cute_moe, moe_align
 from kestrel_kernels.cute_moe import fused_moe
 from kestrel_kernels.moe_sum import moe_sum
 from support import BACKENDS, CUDA_BACKENDS, HALVES, HAS_JAX, Backend, numpy_dtype, random, relative_error
-from test_cute_moe import GATES, align, draw_ids
+from test_cute_moe import MOE_GATES, align, draw_ids
 
 FP8 = "float8_e4m3fn"
 DTYPES = (*HALVES, FP8)
@@ -86,7 +86,7 @@ class Layer:
             if not known or expert < 0 or self.inner == 0:
                 continue
             both = up[expert] @ x[t]
-            gated = GATES[activation](both[: self.inner], both[self.inner :])
+            gated = MOE_GATES[activation](both[: self.inner], both[self.inner :])
             mid = quantized(gated) if self.dtype == FP8 else gated.astype(numpy_dtype(self.dtype)).astype(np.float64)
             out[t] += weights[t, k] * (down[expert] @ mid)
         return out
@@ -151,7 +151,7 @@ def test_values(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", MOE_GATES)
 def test_gates(backend: Backend, dtype: str, gate: str) -> None:
     layer = Layer(backend, dtype, draw_ids(40, 2, 4), 4, 128, 72)
     layer.check(layer.run(gate), layer.want(gate))
@@ -198,7 +198,7 @@ def test_deep(backend: Backend) -> None:
 @given(
     tokens=st.integers(0, 20), slots=st.integers(1, 5), experts=st.integers(5, 9), hidden=st.integers(0, 70),
     inner=st.integers(0, 70), block_m=st.sampled_from([1, 3, 8, 16, 64]), dtype=st.sampled_from(DTYPES),
-    gate=st.sampled_from(list(GATES)), seed=st.integers(0, 5), backend=st.sampled_from(BACKENDS),
+    gate=st.sampled_from(list(MOE_GATES)), seed=st.integers(0, 5), backend=st.sampled_from(BACKENDS),
 )  # fmt: skip
 def test_odd_shapes(
     tokens: int, slots: int, experts: int, hidden: int, inner: int, block_m: int, dtype: str, gate: str, seed: int,

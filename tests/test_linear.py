@@ -16,34 +16,27 @@ from hypothesis import strategies as st
 from kestrel_kernels import _library
 from kestrel_kernels import fused_linear_residual_ops as ops
 from kestrel_kernels import fused_mlp as mlp
-from support import BACKENDS, CUDA_BACKENDS, FLOATS, HALVES, HAS_JAX, Backend, assert_close, numpy_dtype, random
-
-erfc = np.vectorize(math.erfc, otypes=[float])
-
-
-def gelu(a: np.ndarray) -> np.ndarray:
-    return a * erfc(-a / math.sqrt(2)) / 2
-
-
-def gelu_tanh(a: np.ndarray) -> np.ndarray:
-    return a * (1 + np.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3))) / 2
-
-
-def silu(a: np.ndarray) -> np.ndarray:
-    return a / (1 + np.exp(-a))
-
+from support import (
+    BACKENDS,
+    CUDA_BACKENDS,
+    FLOATS,
+    GATES,
+    HALVES,
+    HAS_JAX,
+    Backend,
+    assert_close,
+    gelu,
+    gelu_tanh,
+    numpy_dtype,
+    random,
+    silu,
+)
 
 PLAIN: dict[str | None, Callable[[np.ndarray], np.ndarray]] = {
     None: lambda a: a,
     "gelu": gelu,
     "gelu_tanh": gelu_tanh,
     "silu": silu,
-}
-GATES: dict[str | None, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "gelu_residual": lambda a, g: gelu(a) * (g + 1),
-    "silu_and_mul": lambda a, g: silu(a) * g,
-    "gelu_and_mul": lambda a, g: gelu(a) * g,
-    "gelu_tanh_and_mul": lambda a, g: gelu_tanh(a) * g,
 }
 ACTIVATIONS = [*PLAIN, *GATES]
 # The sum of |terms| is about sqrt(K) here, so fp32 sums are wrong by some 1e-7 times a few; a gate multiplies that.
