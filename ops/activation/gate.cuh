@@ -54,4 +54,15 @@ __device__ __forceinline__ float apply_gate(float a, float b) {
   return fmaf(g, b, g);
 }
 
+template <class T>
+__device__ __forceinline__ float apply_gate(Gate gate, float a, float b) {
+  switch (gate) {
+    case Gate::kGeluResidual: return apply_gate<T, Gate::kGeluResidual>(a, b);
+    case Gate::kSilu: return apply_gate<T, Gate::kSilu>(a, b);
+    case Gate::kGelu: return apply_gate<T, Gate::kGelu>(a, b);
+    case Gate::kGeluTanh: return apply_gate<T, Gate::kGeluTanh>(a, b);
+  }
+  return a;
+}
+
 }  // namespace kestrel

@@ -86,17 +86,6 @@ __device__ __forceinline__ float sum_and_share(float (&values)[kWarp]) {
   return values[0];
 }
 
-template <class Out>
-__device__ __forceinline__ float gated(int gate, float a, float g) {
-  switch (static_cast<Gate>(gate)) {
-    case Gate::kGeluResidual: return apply_gate<Out, Gate::kGeluResidual>(a, g);
-    case Gate::kSilu: return apply_gate<Out, Gate::kSilu>(a, g);
-    case Gate::kGelu: return apply_gate<Out, Gate::kGelu>(a, g);
-    case Gate::kGeluTanh: return apply_gate<Out, Gate::kGeluTanh>(a, g);
-  }
-  return a;
-}
-
 // kVec divides the depth.
 template <class T, class Out, int kVec>
 __global__ void __launch_bounds__(kThreads) moe_kernel(const __grid_constant__ ProductArgs<T, Out> args) {
@@ -163,7 +152,7 @@ __global__ void __launch_bounds__(kThreads) moe_kernel(const __grid_constant__ P
     }
     if (has_gate) {
       const float g = shuffle_xor(value, kColumns / 2);
-      value = gated<Out>(args.gate, value, g);
+      value = apply_gate<Out>(static_cast<Gate>(args.gate), value, g);
     }
     if (args.topk_weights) value *= args.topk_weights[mine / args.slots * args.topk_weights_stride + mine % args.slots];
     if ((valid >> r & 1) && column_of(c) < args.columns && !(has_gate && c >= kColumns / 2))

@@ -104,17 +104,6 @@ __device__ __forceinline__ void stream_experts(const MoeWarpArgs<Out>& args, Rin
   }
 }
 
-template <class T>
-__device__ __forceinline__ float apply(Gate gate, float a, float g) {
-  switch (gate) {
-    case Gate::kGeluResidual: return apply_gate<T, Gate::kGeluResidual>(a, g);
-    case Gate::kSilu: return apply_gate<T, Gate::kSilu>(a, g);
-    case Gate::kGelu: return apply_gate<T, Gate::kGelu>(a, g);
-    case Gate::kGeluTanh: return apply_gate<T, Gate::kGeluTanh>(a, g);
-  }
-  return a;
-}
-
 // The outputs of one tile of one pass; scale: of this thread's row, or of both panels'.
 template <class W, MoeLayout kLayout, int kGroups, class Out>
 __device__ __forceinline__ void finish_tile(const MoeWarpArgs<Out>& args, const float* partial, const int32_t* listed,
@@ -142,7 +131,7 @@ __device__ __forceinline__ void finish_tile(const MoeWarpArgs<Out>& args, const 
         a = first;
       }
       if constexpr (kLayout == MoeLayout::kGated) {
-        *out = from_float<Out>(apply<Out>(args.gate, a, g));
+        *out = from_float<Out>(apply_gate<Out>(args.gate, a, g));
       } else {
         out[0] = from_float<Out>(a);
         out[args.width] = from_float<Out>(g);
