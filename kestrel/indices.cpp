@@ -2,7 +2,6 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <vector>
 
 #ifdef KESTREL_CUDA
 #include "kestrel/cuda.h"
@@ -31,34 +30,38 @@ BadIndex first_bad(const Tensor& t, const Index* values, int64_t low, int64_t hi
   return {};
 }
 
-BadIndex first_bad_of_dtype(const Tensor& t, const void* values, int64_t low, int64_t high, bool skip_negative) {
-  return t.dtype == DType::kI64 ? first_bad(t, static_cast<const int64_t*>(values), low, high, skip_negative)
-                                : first_bad(t, static_cast<const int32_t*>(values), low, high, skip_negative);
-}
-
 }  // namespace
 
-bool checks_device_indices() {
+bool checks_indices(Stream stream, bool on_cpu) {
+  if (on_cpu) return true;
+#ifdef KESTREL_CUDA
   const char* value = std::getenv("KESTREL_CHECK");
-  return value && std::strcmp(value, "1") == 0;
+  return value && std::strcmp(value, "1") == 0 && !is_capturing(stream);
+#else
+  (void)stream;
+  return false;
+#endif
 }
 
-BadIndex find_bad_index(Stream stream, const Tensor& t, int64_t low, int64_t high, bool skip_negative) {
-  if (t.empty()) return {};
-  if (t.on_cpu()) return first_bad_of_dtype(t, t.data, low, high, skip_negative);
+HostCopy::HostCopy(Stream stream, const Tensor& t) : data_(t.data) {
+  if (t.on_cpu() || t.empty()) return;
 #ifdef KESTREL_CUDA
-  if (checks_device_indices() && !is_capturing(stream)) {
-    int64_t first = 0, last = 0;  // offsets of the outermost elements: strides may be negative
-    for (int i = 0; i < t.rank; ++i) (t.stride[i] < 0 ? first : last) += (t.shape[i] - 1) * t.stride[i];
-    const int64_t width = size_of(t.dtype);
-    std::vector<char> host(static_cast<size_t>((last - first + 1) * width));
-    copy_to_host(stream, t.device, host.data(), t.ptr<char>() + first * width, host.size());
-    return first_bad_of_dtype(t, host.data() - first * width, low, high, skip_negative);
-  }
+  int64_t first = 0, last = 0;  // offsets of the outermost elements: strides may be negative
+  for (int i = 0; i < t.rank; ++i) (t.stride[i] < 0 ? first : last) += (t.shape[i] - 1) * t.stride[i];
+  const int64_t width = size_of(t.dtype), bytes = (last - first + 1) * width;
+  copy_ = std::make_unique_for_overwrite<char[]>(static_cast<size_t>(bytes));
+  copy_to_host(stream, t.device, copy_.get(), t.ptr<char>() + first * width, static_cast<size_t>(bytes));
+  data_ = copy_.get() - first * width;
 #else
   (void)stream;
 #endif
-  return {};
+}
+
+BadIndex find_bad_index(Stream stream, const Tensor& t, int64_t low, int64_t high, bool skip_negative) {
+  if (t.empty() || !checks_indices(stream, t.on_cpu())) return {};
+  const HostCopy host(stream, t);
+  return t.dtype == DType::kI64 ? first_bad(t, host.ptr<int64_t>(), low, high, skip_negative)
+                                : first_bad(t, host.ptr<int32_t>(), low, high, skip_negative);
 }
 
 }  // namespace kestrel

@@ -49,27 +49,6 @@ void check_bound(Contract& c, const char* name, std::optional<int64_t> bound, in
            std::to_string(*bound) + " for a length of " + std::to_string(length));
 }
 
-// Index tensors as the host reads them. Those of the GPU are copied, for KESTREL_CHECK=1.
-class HostIndices {
- public:
-  explicit HostIndices(Stream stream) : stream_(stream) {}
-  const int32_t* read(const std::optional<Tensor>& t) {
-    if (!t || t->on_cpu() || t->empty()) return pointer(t);
-    if constexpr (kHasCuda) {
-      int64_t low = 0, high = 0;  // the outermost elements: strides may be negative
-      for (int i = 0; i < t->rank; ++i) (t->stride[i] < 0 ? low : high) += (t->shape[i] - 1) * t->stride[i];
-      std::vector<int32_t>& copy = copies_.emplace_back(static_cast<size_t>(high - low + 1));
-      copy_to_host(stream_, t->device, copy.data(), t->ptr<int32_t>() + low, copy.size() * sizeof(int32_t));
-      return copy.data() - low;
-    }
-    return nullptr;
-  }
-
- private:
-  Stream stream_;
-  std::vector<std::vector<int32_t>> copies_;
-};
-
 // Offsets that start anywhere and never fall. Rows before the first and after the last belong to no sequence.
 void check_offsets(Contract& c, const char* name, const int32_t* offsets, int64_t batch, int64_t total) {
   for (int64_t b = 0; b <= batch; ++b) {
@@ -199,18 +178,19 @@ void attention(Stream stream, Tensor out, std::optional<Tensor> lse, Tensor q, T
   p.softmax_scale = o.softmax_scale.value_or(static_cast<float>(1.0 / std::sqrt(static_cast<double>(D.size))));
   p.softcap = o.softcap;
 
-  bool check = c.on_cpu();
-  if constexpr (kHasCuda) check = check || (checks_device_indices() && !is_capturing(stream));
-  if (check) {
-    HostIndices host(stream);
-    AttentionProblem read = p;
-    read.cu_seqlens_q = host.read(o.cu_seqlens_q), read.cu_seqlens_k = host.read(o.cu_seqlens_k);
-    read.seqused_k = host.read(o.seqused_k), read.page_table = host.read(o.page_table);
-    read.prefix_lens = host.read(prefix.tensor);
-    if (read.cu_seqlens_q) check_offsets(c, "cu_seqlens_q", read.cu_seqlens_q, B, total_q);
-    if (read.cu_seqlens_k) check_offsets(c, "cu_seqlens_k", read.cu_seqlens_k, B, total_k);
+  if (checks_indices(stream, c.on_cpu())) {
+    AttentionProblem host = p;
+    std::vector<HostCopy> copies;
+    const auto read = [&](const std::optional<Tensor>& t) {
+      return t ? copies.emplace_back(stream, *t).ptr<int32_t>() : nullptr;
+    };
+    host.cu_seqlens_q = read(o.cu_seqlens_q), host.cu_seqlens_k = read(o.cu_seqlens_k);
+    host.seqused_k = read(o.seqused_k), host.page_table = read(o.page_table);
+    host.prefix_lens = read(prefix.tensor);
+    if (host.cu_seqlens_q) check_offsets(c, "cu_seqlens_q", host.cu_seqlens_q, B, total_q);
+    if (host.cu_seqlens_k) check_offsets(c, "cu_seqlens_k", host.cu_seqlens_k, B, total_k);
     if (prefix.tensor) c.indices(stream, "prefix_len", *prefix.tensor, 0, kInt32End, false);
-    check_sequences(c, read, o.max_seqlen_q, o.max_seqlen_k);
+    check_sequences(c, host, o.max_seqlen_q, o.max_seqlen_k);
   }
   last_kernel = c.on_cpu() ? "cpu" : kPlainKernel;
   if (out.empty()) return;

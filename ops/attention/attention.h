@@ -5,7 +5,8 @@
 //   k, v   [B, Sk, Hk, D], or packed [total_k, Hk, D] with cu_seqlens_k,     as q | e4m3 (also as uint8 bits)
 //          or [pages, page_size, Hk, D] with page_table                      any strides, last dim contiguous
 //   lse    [B, Hq, Sq], packed [Hq, total_q]                                 f32, any strides
-// out and lse overlap no input. A sequence's bits do not depend on the others, nor on the number of threads.
+// out and lse overlap no input. A sequence's bits do not depend on the number of threads, nor, on the CPU and with
+// batch_invariant, on the other sequences.
 // FlashAttentionFwd rounds softmax's weights to q's type (e4m3 keys: f16); where a value is NaN or Inf, it reaches
 // queries that do not see it, too, if they are among 64 of which one sees a key among the 64 around it.
 #pragma once

@@ -9,8 +9,8 @@
 //   topk_weights [T, K] f32   topk_ids [T, K] i32: those outside the experts add nothing
 //   expert_map [G] i32, or none or empty (G = E): topk_ids' experts as the weights have them; negative: adds nothing
 // G from 1 to 1024, other sizes any, zero too; T * K padded to blocks of block_m below 2^31. Leading dimensions
-// strided. out overlaps nothing else. The bits of a token depend on nothing but its own row, weights and experts.
-// block_m, tile: as in ops/moe, of both products.
+// strided. out overlaps nothing else. The bits of a token depend on nothing but its own row, weights and experts, and
+// on the kernels. block_m, tile: as in ops/moe, of both products.
 // workspace: u8, fused_moe_workspace_bytes() long, at a multiple of 16, of any contents; on the CPU none will do.
 #pragma once
 

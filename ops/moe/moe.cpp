@@ -76,13 +76,8 @@ void check_out(Contract& c, DType dtype, int64_t columns, MoeArgs* args) {
 // What the list says as far as it is in use. On CUDA only where KESTREL_CHECK=1.
 void check_indices(Contract& c, Stream stream, const Alignment& a, const MoeArgs& args) {
   c.indices(stream, "num_tokens_post_pad", a.num_tokens_post_pad, 0, args.positions + 1, false);
-  int32_t used = 0;
-  if (c.on_cpu()) {
-    used = *args.num_tokens_post_pad;
-  } else if constexpr (kHasCuda) {
-    if (!checks_device_indices() || is_capturing(stream)) return;
-    copy_to_host(stream, args.out.device, &used, args.num_tokens_post_pad, sizeof used);
-  }
+  if (!checks_indices(stream, c.on_cpu())) return;
+  const int32_t used = *HostCopy(stream, a.num_tokens_post_pad).ptr<int32_t>();
   Tensor ids = a.sorted_token_ids, experts = a.expert_ids;
   ids.shape[0] = used;
   experts.shape[0] = (used + args.block_m - 1) / args.block_m;
