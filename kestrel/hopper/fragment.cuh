@@ -32,10 +32,6 @@ __device__ __forceinline__ void load_in_place(uint32_t* words, const char* p, in
   }
 }
 
-// prefetch.global.L2, of one line: a hint, so that it may come before the wait for a predecessor that is still writing
-// there. Unlike a load it keeps no load of another block on the SM waiting.
-__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 // movmatrix.sync.aligned.m8n8.trans.b16: lane l holds (l / 4, 2 (l % 4)) and its neighbour, before and after.
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
   uint32_t transposed;

@@ -1,7 +1,8 @@
 // A warp takes heads of one token (heads.cuh), a lane the same 16-byte vector of several, in place: adjacent lanes read
 // adjacent bytes and give each other the other half of a pair. Queries and keys are two ranges of blocks. Other layouts
 // and widths go pair by pair. Elements past R are not touched. Bound by memory, 2 R elements moved a head; small calls
-// by the chain position -> row of the table -> rotation: the vectors are on their way before the position is known.
+// by the chain position -> row of the table -> rotation: the vectors are on their way before the position is known, and
+// positions are asked for before the wait (a token of 32 x 64: 1.04 us, 1.30 without).
 #include "kestrel/hopper/heads.cuh"
 #include "kestrel/hopper/index.cuh"
 #include "kestrel/hopper/pdl.cuh"
@@ -41,6 +42,8 @@ __global__ void __launch_bounds__(kHeadThreads, kBlocks<kLoads>)
   compute_now(x);
   compute_now(table);
   compute_now(position_at);
+  prefetch(lane.any ? position_at : args.positions.data);
+  prefetch(lane.any ? x : side.x);
   wait_for_predecessor();
   release_successor();
   if (!lane.any) return;

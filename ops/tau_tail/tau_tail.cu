@@ -1,7 +1,7 @@
 // A warp takes heads of one token, queries or values (heads.cuh), a lane the same 16-byte vector of several, in place;
 // each lane works out the factor of one head and tells it to the others. Other layouts go element by element. Bound by
 // memory, 4 bytes an element; small calls by the chain position -> tau: all other loads are on their way before the
-// position is known.
+// position is known, and positions are asked for before the wait (a token of 6144: 1.06 us, 1.35 without).
 #include "kestrel/hopper/heads.cuh"
 #include "kestrel/hopper/index.cuh"
 #include "kestrel/hopper/pdl.cuh"
@@ -42,6 +42,8 @@ __global__ void __launch_bounds__(kHeadThreads, kBlocks)
   compute_now(tok_at);
   compute_now(table);
   compute_now(position_at);
+  prefetch(lane.any ? position_at : args.positions.data);
+  prefetch(lane.any ? tok_at : args.tok);
   wait_for_predecessor();
   release_successor();
   if (!lane.any) return;
