@@ -3,9 +3,9 @@
 // of the ring is 128 bytes of depth of both. One warp streams weights and does not stop between tiles, three gather x,
 // a consumer warpgroup has 128 rows of weights or, under a gate, 64 of either panel: both of a pair in one thread. e4m3
 // is added up in fp32 after 128 of depth: the tensor core keeps 13 bits. Where experts have several tiles, pairs of
-// blocks (clusters) share their weights. Bound by the weights' bytes to about 1000 tokens, with 10 us at either end;
-// then by power: of 2048 tokens (up) a tile's products take 40500 clocks in bf16, of 33800 that wgmma needs alone, and
-// finish() 4500, at 1.53 GHz; 23400, 16900 and 4500 in fp8 at 1.7. Without pairs: 3% fewer clocks, at 1.46 GHz.
+// blocks (clusters) share their weights. Bound by the weights' bytes to about 1000 tokens; then by shared memory (a
+// stage of 144 rows is read and written in 1232 clocks, wgmma needs 1152; bf16 takes 1265, e4m3, in halves, 1460), by
+// finish(), 3900 to 4700 clocks a tile, and by power (1.5 to 1.75 GHz): benchmarks/README.md.
 #pragma once
 
 #include <algorithm>
@@ -490,7 +490,6 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
   if (warp < kProducerThreads / kWarp) {
     if constexpr (Tile::kBlocks == 1) leave_registers<56>();
     for (int32_t block = 0; block >= 0;) {
-      shared->runs.build(args.list, block, panel_blocks(), pairing, args.several);
       __syncthreads();
       if (warp > 0)
         gather_rows<Tile>(args, shared->runs, shared->info, rings.stages, rings.infos);
@@ -503,6 +502,8 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
   } else {
     if constexpr (Tile::kBlocks == 1) take_registers<224>();
     for (int32_t block = 0; block >= 0;) {
+      shared->runs.template build<128 * Tile::kGroups>(args.list, threadIdx.x - kProducerThreads, block, panel_blocks(),
+                                                       pairing, args.several);
       __syncthreads();
       consume<Tile, kFinish>(args, shared, rings.stages, rings.infos);
       block = shared->runs.next_block;
