@@ -86,10 +86,7 @@ __device__ __forceinline__ const Plan& next_plan(const PrefillArgs& a, const Pre
   const int lane = threadIdx.x % 32;
   Plan& plan = *shared.plan(slot.stage());
   const uint32_t q_full = shared.query_full(slot.stage());
-  // Nothing that this kernel needs here is being written: the plan is made while the predecessor ends.
-  const bool early = slot.n == 0 && a.fixed;
   wait_barrier(shared.query_empty(slot.stage()), slot.parity() ^ 1);
-  if (!early) wait_for_predecessor();
   Work w;
   const bool more = planner.next(a, &w, &plan);
   if (more) write_plan(a, w, &plan);
@@ -101,7 +98,7 @@ __device__ __forceinline__ const Plan& next_plan(const PrefillArgs& a, const Pre
     if (!boxes) arrive(q_full);
     arrive(shared.plan_full(slot.stage()));
   }
-  if (early) wait_for_predecessor();
+  wait_for_predecessor();
   if (lane == 0 && boxes) arrive_expecting(q_full, a.groups * (Tile::kHead / 8 * 16 * kTileRows));
   if (lane < a.groups && boxes)
     load_tile<Tile>(shared.query(slot.stage(), lane), &a.q, &a.q_last, plan.s.q_first + plan.row[lane], plan.head,

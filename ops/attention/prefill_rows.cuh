@@ -34,9 +34,11 @@ class RowLoader {
     pages_ = static_cast<uint32_t>(min(p.pages, int64_t{1} << 31));  // a negative entry is one past them
     top_ = (plan.last - 1) * kTileRows + 16 * warp_ + lane_ % 16;
     first_key_ = plan.first_key, last_key_ = plan.last_key;
-#pragma unroll 1
-    for (int i = 0; i < kAhead; ++i) copy_page(i);
-    wait_copies();
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      copy_page(i);
+      commit_copies();
+    }
     if constexpr (Tile::kSource == KeySource::kRows) {
 #pragma unroll 1
       for (int i = 0; i <= count; ++i) {
@@ -45,7 +47,10 @@ class RowLoader {
       }
     } else {
 #pragma unroll 1
-      for (int i = 0; i < kAhead; ++i) copy_raw(i, count);
+      for (int i = 0; i < kAhead; ++i) {
+        wait_copy_groups<kAhead - 1>();
+        copy_raw(i, count);
+      }
       wait_copy_groups<kAhead - 1>();
 #pragma unroll 1
       for (int i = 0; i <= count; ++i) {
