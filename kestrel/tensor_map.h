@@ -17,11 +17,12 @@ struct TensorBox {
   const void* data;              // at a multiple of 16 bytes
   int64_t size[kMostBoxDims];    // innermost first; a zero ends it
   int64_t stride[kMostBoxDims];  // in elements; that of the innermost is 1, the others are multiples of 16 bytes
-  uint32_t box[kMostBoxDims];    // 128 bytes in the innermost, at most 256 elements in each
+  uint32_t box[kMostBoxDims];    // at most `span` bytes in the innermost, at most 256 elements in each
+  int span = 128;                // 128, 64 or 32: bytes from line to line of a box
 };
 
-// Boxes with the 128-byte swizzle: the 16 bytes c of line r lie at r * 128 + (c ^ r % 8) * 16. What lies outside the
-// tensor reads as zero.
+// Boxes are swizzled over `span` bytes: the 16 bytes c of line r lie at r * span + (c ^ r * span / 128 % (span / 16)) *
+// 16, of 128 bytes r * 128 + (c ^ r % 8) * 16. What lies outside the tensor reads as zero.
 CUtensorMap tensor_map(const TensorBox& tensor);
 
 }  // namespace kestrel

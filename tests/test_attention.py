@@ -244,7 +244,133 @@ def test_empty(backend: Backend, layout: str) -> None:
 def test_no_worse_than_matrix_products(backend: Backend, case: Case, dtype: str, kv_dtype: str | None) -> None:
     """The error is at most that of products whose results are stored in 16 bits, with a softmax in fp32 between."""
 
-    def test_workspace_bytes() -> None:
+    def rounded(values: np.ndarray) -> np.ndarray:
+        return values.astype(numpy_dtype(dtype)).astype(np.float64)
+
+    case = replace(case, dtype=dtype, kv_dtype=kv_dtype)
+    ours, theirs = [], []
+    for i, (out, _) in enumerate(case.run(backend)):
+        arrays = case.q[i], case.k[i], case.v[i]
+        want, _ = attend(*arrays, **case.options)
+        ours.append(np.abs(out - want))
+        theirs.append(np.abs(attend(*arrays, **case.options, rounded=rounded)[0] - want))
+    assert max(map(np.max, ours)) <= max(map(np.max, theirs))
+    assert sum(map(np.mean, ours)) <= sum(map(np.mean, theirs))
+
+
+def test_long_causal(backend: Backend) -> None:
+    """Several blocks of queries and many of keys; the same rows alone or together, whatever the other sequences."""
+    case = Case([(150, 300), (150, 170)], (3, 1), 32, options={"causal": True})
+    case.check(backend)
+    whole = case.run(backend)
+    one = Case([(150, 300)], (3, 1), 32, options={"causal": True}).run(backend)
+    assert np.array_equal(one[0][0], whole[0][0]) and np.array_equal(one[0][1], whole[0][1])
+
+
+def test_alone_or_in_a_batch(backend: Backend) -> None:
+    """A decode step gives what the whole prompt gave, dense or paged, alone or not; on the CPU the same bits."""
+    k, v = (backend.array(random((3, 190, 2, 64), seed), "bfloat16") for seed in (1, 2))
+    q = backend.array(random((3, 190, 6, 64), 3), "bfloat16")
+    whole, lse = cute.flash_attn_func(q, k, v, causal=True, return_lse=True)
+    table = backend.array(np.arange(190)[None], "int32")
+    for row in (0, 63, 64, 100, 189):
+        used = backend.array([row + 1], "int32")
+        step, step_lse = cute.flash_attn_with_kvcache(
+            q[1:2, row : row + 1], k[1][:, None], v[1][:, None], table, used, causal=True, return_lse=True,
+            batch_invariant=True, fresh_tokens=1, num_splits=3, max_seqlen_k=190,
+        )  # fmt: skip
+        if backend.device == "cpu":
+            assert np.array_equal(backend.bits(step)[0, 0], backend.bits(whole)[1, row])
+            assert np.array_equal(backend.bits(step_lse)[0, :, 0], backend.bits(lse)[1, :, row])
+        else:  # by another kernel
+            assert_close(backend.numpy(step)[0, 0], backend.numpy(whole)[1, row], "bfloat16", slack=0.01)
+            assert_close(backend.numpy(step_lse)[0, :, 0], backend.numpy(lse)[1, :, row], "float32", slack=1e-5)
+
+
+@pytest.mark.parametrize("seers, options", [
+    (range(30, 50), {"causal": True}), (range(31), {"prefix_len": 31, "window_size": (0, None)}),
+    (range(28, 36), {"window_size": (5, 2)}),
+])  # fmt: skip
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("of", ["k", "v"])
+def test_masked_values_do_not_leak(
+    backend: Backend, seers: range, options: dict[str, Any], bad: float, of: str
+) -> None:
+    """Key 30 holds NaN or Inf: the queries that do not see it stay right, those that do get it."""
+    arrays = {name: backend.numpy(backend.array(random((1, 50, 2, 16), i), "bfloat16")) for i, name in enumerate("qkv")}
+    want, _ = attend(*(x[0] for x in arrays.values()), **options)
+    arrays[of][0, 30] = bad
+    got = backend.numpy(cute.flash_attn_func(*(backend.array(x, "bfloat16") for x in arrays.values()), **options))[0]
+    others = np.setdiff1d(np.arange(50), seers)
+    assert_close(got[others], want[others], "bfloat16", slack=SLACK)
+    if of == "v" or np.isnan(bad):
+        assert not np.isfinite(got[seers]).any()
+
+
+def test_pages_that_a_window_left_behind(backend: Backend) -> None:
+    """Pages before every window hold NaN, their table entries garbage: neither is looked at."""
+    q, k = backend.array(random((1, 4, 2, 16)), "bfloat16"), random((40, 1, 2, 16), 1)
+    k[:26] = np.nan
+    pages, table = backend.array(k, "bfloat16"), np.arange(40)[None]
+    table[0, :26] = -1
+    out = cute.flash_attn_with_kvcache(
+        q, pages, pages, backend.array(table, "int32"), causal=True, window_size=(10, None)
+    )
+    keys = np.nan_to_num(backend.numpy(pages)[:, 0])
+    want, _ = attend(backend.numpy(q)[0], keys, keys, causal=True, window_size=(10, None))
+    assert_close(backend.numpy(out)[0], want, "bfloat16", slack=SLACK)
+
+
+def test_strides_and_out(backend: Backend) -> None:
+    """Heads-major storage, odd offsets; `out` given is written and returned, and nothing beside it."""
+    axes = (0, 2, 1, 3)
+    permuted = [backend.array(random((2, h, 30, 37), h), "float16") for h in (4, 2)]
+    q, k = (x.transpose(axes) if backend.framework != "torch" else x.permute(axes) for x in permuted)
+    q, k = q[..., 3:35], k[..., 3:35]
+    whole = backend.poisoned((2, 30, 4, 40), "float16")
+    out = whole[..., 5:37]
+    assert cute.flash_attn_func(q, k, k, causal=True, out=out) is out
+    for i in range(2):
+        want, _ = attend(backend.numpy(q)[i], backend.numpy(k)[i], backend.numpy(k)[i], causal=True)
+        assert_close(backend.numpy(out)[i], want, "float16", slack=SLACK)
+    assert np.isnan(np.delete(backend.numpy(whole), np.s_[5:37], axis=-1)).all()
+
+
+def test_packed_rows_of_no_sequence_stay(backend: Backend) -> None:
+    q, k = backend.array(random((9, 2, 8)), "bfloat16"), backend.array(random((20, 2, 8)), "bfloat16")
+    out = backend.poisoned((9, 2, 8), "bfloat16")
+    starts = backend.array([2, 4, 7], "int32")
+    cute.flash_attn_varlen_func(q, k, k, starts, backend.array([1, 5, 20], "int32"), None, None, out=out)
+    assert np.isnan(backend.numpy(out)).all(axis=(1, 2)).tolist() == [True] * 2 + [False] * 5 + [True] * 2
+
+
+def test_bits_and_scales_as_arrays(backend: Backend) -> None:
+    """e4m3 as uint8 bits, scales as one-element arrays, a sink of q's dtype, -1 for no window."""
+    q, sink = backend.array(random((1, 5, 2, 24)), "bfloat16"), backend.array([0.5, -1.0], "bfloat16")
+    stored = backend.array(random((1, 40, 2, 24), 1), "float8_e4m3fn")
+    bits = backend.array(backend.bits(stored).view(np.uint8), "uint8")
+    first = cute.flash_attn_func(q, stored, stored, k_scale=0.5, v_scale=3.0, learnable_sink=sink)
+    second = cute.flash_attn_func(
+        q, bits, bits, k_scale=backend.array([0.5], "float32"), v_scale=backend.array(3.0, "float32"),
+        learnable_sink=backend.array([0.5, -1.0], "float32"), window_size=(-1, -1),
+    )  # fmt: skip
+    assert np.array_equal(backend.bits(first), backend.bits(second))
+
+
+def test_large_scores(backend: Backend) -> None:
+    """Scores far apart and far from zero: no overflow, and a score that falls behind weighs nothing."""
+    q, k = (
+        backend.array(random((1, 8, 1, 16), scale=30), "bfloat16"),
+        backend.array(random((1, 200, 1, 16), 1, 30), "bfloat16"),
+    )
+    out, lse = cute.flash_attn_func(q, k, k, return_lse=True)
+    want, want_lse = attend(*(backend.numpy(x)[0] for x in (q, k, k)))
+    # fp32 scores near 1e4 are off by 1e-3, and so, relatively, are the weights.
+    assert_close(backend.numpy(out)[0], want, "bfloat16", slack=0.1)
+    assert_close(backend.numpy(lse)[0], want_lse, "float32", slack=5e-3)
+
+
+def test_workspace_bytes() -> None:
     assert _library.load().attention_workspace_bytes() == cute.WORKSPACE_BYTES
 
 

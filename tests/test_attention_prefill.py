@@ -59,24 +59,26 @@ def test_wide_heads(backend: Backend, source: str, width: int) -> None:
     Case([(100, 170)], (2, 1), width, options={"causal": True}, **SOURCES[source]).check(backend, KERNEL)
 
 
-def test_many_tiles(backend: Backend) -> None:
+@pytest.mark.parametrize("width", [64, 72, 128])
+def test_many_tiles(backend: Backend, width: int) -> None:
     """More than one wave, and packed sequences of every kind."""
-    Case([(700, 800)] * 3, (16, 4), options={"causal": True}).check(backend, KERNEL)
+    Case([(700, 800)] * 3, (16, 4), width, options={"causal": True}).check(backend, KERNEL)
     lengths = [(i * 37 % 90, i * 53 % 140) for i in range(40)]
-    Case(lengths, (6, 3), options={"causal": True}, **SOURCES["packed"]).check(backend, KERNEL)
-    Case(lengths, (6, 3), 128, options={"window_size": (20, 5)}, **SOURCES["packed"]).check(backend, KERNEL)
+    Case(lengths, (6, 3), width, options={"causal": True}, **SOURCES["packed"]).check(backend, KERNEL)
+    Case(lengths, (6, 3), width, options={"window_size": (20, 5)}, **SOURCES["packed"]).check(backend, KERNEL)
 
 
 @pytest.mark.parametrize(
-    ("batch", "width", "source"),
-    [(9, 64, "boxes"), (9, 72, "boxes"), (11, 64, "boxes"), (12, 64, "boxes"), (12, 72, "boxes"), (12, 64, "paged"),
-     (12, 64, "converted"), (12, 80, "converted")],
+    ("batch", "queries", "width", "source"),
+    [(9, 150, 64, "boxes"), (9, 150, 72, "boxes"), (9, 250, 72, "boxes"), (11, 150, 64, "boxes"),
+     (12, 150, 64, "boxes"), (12, 150, 72, "boxes"), (12, 250, 72, "boxes"), (12, 150, 64, "paged"),
+     (12, 150, 64, "converted"), (12, 150, 80, "converted")],
 )  # fmt: skip
-def test_parts(backend: Backend, batch: int, width: int, source: str) -> None:
+def test_parts(backend: Backend, batch: int, queries: int, width: int, source: str) -> None:
     """16 tiles of work for each sequence, of three or four groups: on 132 SMs 12, 44 or 60 are left over after a whole
     round and taken in three or four parts of one group, in two of two groups and one of none, or in two.
     """
-    Case([(150, 100 + 9 * i) for i in range(batch)], (16, 4), width, **SOURCES[source]).check(backend, KERNEL)
+    Case([(queries, 100 + 9 * i) for i in range(batch)], (16, 4), width, **SOURCES[source]).check(backend, KERNEL)
 
 
 @settings(deadline=None, max_examples=60)
@@ -108,7 +110,19 @@ def test_combinations(data: st.DataObject, backend: Backend) -> None:
 def test_scores_that_grow(backend: Backend, width: int, dtype: str, causal: bool, rise: float, step: int) -> None:
     """Scores that grow from tile to tile, either way: by less than the weights' margin, by more, by as much as sums of
     them can hold, and by more."""
-    tokens, heads = 400, 2
+    check_scores_that_grow(backend, 2, width, dtype, causal, rise, step)
+
+
+@pytest.mark.parametrize("rise", [-1.3, 0.5, 5.0])
+def test_scores_that_grow_in_waves(backend: Backend, rise: float) -> None:
+    """In the tile of four groups for more than one wave."""
+    check_scores_that_grow(backend, 60, 72, "bfloat16", False, rise, TILE)
+
+
+def check_scores_that_grow(
+    backend: Backend, heads: int, width: int, dtype: str, causal: bool, rise: float, step: int
+) -> None:
+    tokens = 400
     q = np.abs(random((1, tokens, heads, width)))
     q /= q.mean(axis=-1, keepdims=True)
     k = np.broadcast_to((np.arange(tokens) // step * step)[None, :, None, None] * rise / np.sqrt(width), q.shape)

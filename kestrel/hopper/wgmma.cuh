@@ -13,16 +13,23 @@
 
 namespace kestrel {
 
-// Where an operand lies: a descriptor of the tile at `address` (of the shared window), with a 128-byte swizzle.
-// K-major: rows of 128 bytes, groups of 8 rows after one another. The next k16 (k32 of e4m3) is 32 bytes on; the next
-// 128 bytes of k are `rows` * 128 bytes on.
-__device__ __forceinline__ uint64_t k_major(uint32_t address) {
-  return uint64_t{0x40000040'00010000} | (address & 0x3ffff) >> 4;
+// Where an operand lies: a descriptor of the tile at `address` (of the shared window), of rows of kSpan bytes (128, 64,
+// 32), swizzled over as many; groups of 8 rows come after one another.
+template <int kSpan>
+constexpr uint64_t rows_of() {
+  constexpr uint64_t kSwizzle = kSpan == 128 ? 1 : kSpan == 64 ? 2 : 3, kEightRows = 8 * kSpan;
+  return kSwizzle << 62 | kEightRows >> 4 << 32;
 }
-// MN-major, for 16-bit types, with the transposing flag: rows are k, 64 columns of 128 bytes; the next 64 columns are
-// `panel` bytes on. The next k16 is 2048 bytes on.
+// K-major: the next k16 (k32 of e4m3) is 32 bytes on, within a row; the next kSpan bytes of k are `rows` * kSpan on.
+template <int kSpan = 128>
+__device__ __forceinline__ uint64_t k_major(uint32_t address) {
+  return rows_of<kSpan>() | uint64_t{0x10000} | (address & 0x3ffff) >> 4;
+}
+// MN-major, for 16-bit types, with the transposing flag: rows are k, kSpan / 2 columns each; the next columns are
+// `panel` bytes on. The next k16 is 16 * kSpan bytes on.
+template <int kSpan = 128>
 __device__ __forceinline__ uint64_t mn_major(uint32_t address, uint32_t panel) {
-  return uint64_t{0x40000040'00000000} | uint64_t{(panel & 0x3ffff) >> 4} << 16 | (address & 0x3ffff) >> 4;
+  return rows_of<kSpan>() | uint64_t{(panel & 0x3ffff) >> 4} << 16 | (address & 0x3ffff) >> 4;
 }
 // A descriptor `bytes` further.
 __device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }

@@ -9,7 +9,7 @@
 namespace kestrel::cuda {
 
 struct PrefillArgs {
-  // Boxes of 64 rows and 64 columns; with a partial last panel, others of its width.
+  // Boxes of 64 rows and the columns of a panel, where these are narrow of all panels but the last; and of the last.
   CUtensorMap q, k, v, q_last, k_last, v_last;
   AttentionProblem problem;
   uint32_t blocks;  // of the grid

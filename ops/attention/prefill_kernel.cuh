@@ -28,8 +28,9 @@ struct Group {
   const PrefillShared<Tile> shared;
   const int index, thread;  // group of the block, thread of the group
   const int next_turn;
-  uint32_t next = 0;   // place in the ring
-  uint32_t plans = 0;  // tiles of work done
+  using Stage = Place<Tile::kStages>;
+  Stage next;
+  Place<Tile::kQuerySlots> slot;
 
   __device__ __forceinline__ int warp() const { return thread / 32; }
   // Of a thread's first score: see wgmma.cuh.
@@ -43,18 +44,16 @@ struct Group {
   __device__ __forceinline__ void pass_turn() const {
     if (a.turns) arrive_threads(next_turn, 2 * kGroupThreads);
   }
-  using Stage = Place<Tile::kStages>;
-  __device__ __forceinline__ uint32_t slot() const { return plans % Tile::kQuerySlots; }
   __device__ __forceinline__ void wait(Stage at) const { wait_barrier(shared.full(at.stage()), at.parity()); }
-  __device__ __forceinline__ void release(Stage at) const {
-    if (thread % 32 == 0) arrive(shared.empty(at.stage()));  // each warp by itself: see score_again
+  __device__ __forceinline__ void release() {
+    if (thread % 32 == 0) arrive(shared.empty(next.stage()));  // each warp by itself: see score_again
+    next = next.next();
   }
   // A stage that other groups of the block need.
   __device__ __forceinline__ void skip(bool in_turn) {
-    const Stage at{next++};
-    wait(at);
+    wait(next);
     __syncwarp();  // or the arrivals of the first lane may leave others behind, until the barrier is two phases on
-    release(at);
+    release();
     if (in_turn) {
       wait_turn();
       pass_turn();
@@ -62,11 +61,12 @@ struct Group {
   }
 
   __device__ __forceinline__ void issue_scores(float (&s)[kScores], Stage at) const {
-    const uint64_t q = k_major(shared.query(slot(), index));
-    const uint64_t k = shift(k_major(shared.keys(0)), at.stage() * (Tile::kTileBytes >> 4));
+    constexpr int kPanelSteps = Tile::kPanelColumns / 16;
+    const uint64_t q = k_major<Tile::kSpan>(shared.query(slot.stage(), index));
+    const uint64_t k = shift(k_major<Tile::kSpan>(shared.keys(0)), at.stage() * (Tile::kTileBytes >> 4));
 #pragma unroll
     for (int step = 0; step < Tile::kSteps; ++step) {
-      const uint32_t units = step / 4 * (kPanelBytes >> 4) + step % 4 * 2;
+      const uint32_t units = step / kPanelSteps * (Tile::kPanelBytes >> 4) + step % kPanelSteps * 2;
       wgmma<T, kTileRows>(s, shift(q, units), shift(k, units), step > 0);
     }
     wgmma_commit();
@@ -76,11 +76,11 @@ struct Group {
     // The panel of ones stays where it is while the values' descriptor moves on.
     constexpr uint32_t kMove = Tile::kOnesPanel ? 1u - (1u << 16) : 1u;
     const uint32_t values = shared.values(0);
-    const uint64_t v = shift(mn_major(values, Tile::kOnesPanel ? shared.ones() - values : kPanelBytes),
-                             at.stage() * (Tile::kTileBytes >> 4) * kMove);
+    const uint32_t panel = Tile::kOnesPanel ? shared.ones() - values : Tile::kPanelBytes;
+    const uint64_t v = shift(mn_major<Tile::kSpan>(values, panel), at.stage() * (Tile::kTileBytes >> 4) * kMove);
 #pragma unroll
     for (int step = 0; step < kTileRows / 16; ++step)
-      wgmma<T, Tile::kOutColumns, true>(o, p[step], shift(v, step * (2048 >> 4) * kMove), true);
+      wgmma<T, Tile::kOutColumns, true>(o, p[step], shift(v, step * Tile::kSpan * kMove), true);
     wgmma_commit();
   }
 
@@ -88,18 +88,19 @@ struct Group {
   __device__ __forceinline__ void score_again(float (&s)[kScores], Stage at) const {
     int lane = thread;
     compute_now(lane);
+    constexpr int kEight = 8 * Tile::kSpan;  // rows
     const int line = lane % 32 / 4, part = lane % 4 * 4;
-    const uint32_t q = shared.query(slot(), index) + (lane / 32 * 16 + line) * 128 + part;
-    const uint32_t k = shared.keys(at.stage()) + line * 128 + part;
+    const uint32_t q = shared.query(slot.stage(), index) + lane / 32 * 2 * kEight + part;
+    const uint32_t k = shared.keys(at.stage()) + part;
 #pragma unroll
     for (int j = 0; j < kTileRows / 8; ++j) {
       float sums[4] = {};
 #pragma unroll 1
       for (int step = 0; step < Tile::kSteps; ++step) {
-        const uint32_t panel = step / 4 * kPanelBytes, low = (2 * (step % 4) ^ line) * 16, high = low ^ 16;
-        const uint32_t a = q + panel, b = k + panel + j * 8 * 128;
-        mma<T>(sums, load_shared_word(a + low), load_shared_word(a + low + 8 * 128), load_shared_word(a + high),
-               load_shared_word(a + high + 8 * 128), load_shared_word(b + low), load_shared_word(b + high));
+        const uint32_t low = tile_offset<Tile>(line, 2 * step), high = tile_offset<Tile>(line, 2 * step + 1);
+        mma<T>(sums, load_shared_word(q + low), load_shared_word(q + low + kEight), load_shared_word(q + high),
+               load_shared_word(q + high + kEight), load_shared_word(k + j * kEight + low),
+               load_shared_word(k + j * kEight + high));
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[4 * j + i] = sums[i];
@@ -129,11 +130,12 @@ struct Group {
   __device__ __forceinline__ void clean_queries(const Plan& plan) const {
     const int count = plan.s.q_len - plan.row[index];
     if (count >= kTileRows) return;
-    const uint32_t at = shared.query(slot(), index);
-    for (int i = count * 8 + thread; i < kTileRows * 8; i += kGroupThreads)
+    const uint32_t at = shared.query(slot.stage(), index);
+    constexpr int kChunks = Tile::kSpan / 16;
+    for (int i = count * kChunks + thread; i < kTileRows * kChunks; i += kGroupThreads)
 #pragma unroll
       for (int panel = 0; panel < Tile::kPanels; ++panel)
-        store_shared(at + panel * kPanelBytes + i * 16, uint4{0, 0, 0, 0});
+        store_shared(at + panel * Tile::kPanelBytes + i * 16, uint4{0, 0, 0, 0});
     fence_shared_writes();
     sync();
   }
@@ -142,11 +144,9 @@ struct Group {
   __device__ __forceinline__ void clean_values(int first, Stage place) const {
     wait(place);
     const uint32_t at = shared.values(place.stage());
-    for (int i = first * 8 + thread; i < kTileRows * 8; i += kGroupThreads)
-#pragma unroll
-      for (int panel = 0; panel < Tile::kPanels; ++panel)
-        if (panel + 1 < Tile::kPanels || (i % 8 ^ i / 8 % 8) < Tile::kLastColumns / 8)
-          store_shared(at + panel * kPanelBytes + i * 16, uint4{0, 0, 0, 0});
+    constexpr int kChunks = Tile::kHead / 8;
+    for (int i = first * kChunks + thread; i < kTileRows * kChunks; i += kGroupThreads)
+      store_shared(at + tile_offset<Tile>(i / kChunks, i % kChunks), uint4{0, 0, 0, 0});
     fence_shared_writes();
     sync();
   }
@@ -181,7 +181,7 @@ struct Group {
       for (float& x : values) x = fabsf(x) > 65504.0f ? copysignf(65504.0f, x) : x;
       const Vec<T, 8> halves =
           std::is_same_v<Out, T> ? reinterpret_cast<const Vec<T, 8>&>(v[n]) : from_floats<T>(values);
-      store_shared(shared.query(slot(), index) + tile_offset(i / kChunks, i % kChunks),
+      store_shared(shared.query(slot.stage(), index) + tile_offset<Tile>(i / kChunks, i % kChunks),
                    {halves.words[0], halves.words[1], halves.words[2], halves.words[3]});
     }
     fence_shared_writes();
@@ -190,7 +190,6 @@ struct Group {
 
   __device__ __forceinline__ void attend(const Plan& plan) {
     const AttentionProblem& p = a.problem;
-    const int first = warp_uniform(plan.first), last = warp_uniform(plan.last);
     const KeyTiles mine{warp_uniform(plan.keys[index].first), warp_uniform(plan.keys[index].last),
                         warp_uniform(plan.keys[index].clear_first), warp_uniform(plan.keys[index].clear_last)};
     float s[kScores], o[kOut], shrink[2];
@@ -216,45 +215,45 @@ struct Group {
       mask_scores(s, from, to);
     };
 
-    int tile = last - 1;
+    int tile = warp_uniform(plan.last) - 1;
     for (; tile >= mine.last; --tile) skip(true);
 #pragma unroll
     for (int i = 0; i < kOut; ++i) o[i] = 0.0f;
     if constexpr (Tile::kSource == KeySource::kE4m3Rows) convert_queries(plan);
-    wait_barrier(shared.query_full(slot()), Place<Tile::kQuerySlots>{plans}.parity());
+    wait_barrier(shared.query_full(slot.stage()), slot.parity());
     if (Tile::kSource != KeySource::kE4m3Rows && p.cu_seqlens_q) clean_queries(plan);
-    wait({next});
+    wait(next);
     see_copies();
     wgmma_fence();
-    issue_scores(s, {next});
+    issue_scores(s, next);
     wgmma_wait<0>();
     if (transforms) transform(s);
     mask(tile);
-    if (any_missing({next})) mask_missing(s, {next});
+    if (any_missing(next)) mask_missing(s, next);
     raise_reference(s, rows, shrink, scale);
-    release({next++});  // after a vote on what was read there: an arrival may overtake a load
+    release();  // after a vote on what was read there: an arrival may overtake a load
     const float2 first_sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
     rows.sum[0] = first_sums.x;
     rows.sum[1] = first_sums.y;
     pack_weights<T>(weights, s);
-    if (a.unclean && (tile + 1) * kTileRows > plan.s.k_len) clean_values(plan.s.k_len - tile * kTileRows, {next});
+    if (a.unclean && (tile + 1) * kTileRows > plan.s.k_len) clean_values(plan.s.k_len - tile * kTileRows, next);
 
     // Each step adds the last weights' product and turns the next scores into weights. The bet is that none of them
     // passes 2^8. Whether it was lost shows on packed weights, at half the cost of looking for the largest score. What
     // is rare stands apart, so that the usual steps are one short piece of code.
     bool ready = false;  // whether the stage is known to be full
     const auto products = [&] {
-      if (!ready) wait({next});
+      if (!ready) wait(next);
       see_copies();
       wait_turn();
       wgmma_fence();
-      issue_scores(s, {next});
-      issue_values(o, weights, {next});
+      issue_scores(s, next);
+      issue_values(o, weights, next);
       pass_turn();
-      const bool missing = any_missing({next});
+      const bool missing = any_missing(next);
       // Exponentials beside the product with the values cost 12% at 4096 keys of head size 64.
       wgmma_wait<0>();
-      const Stage then{next + 1};  // asked for early: the answer takes its time
+      const Stage then = next.next();  // asked for early: the answer takes its time
       ready = test_barrier(shared.full(then.stage()), then.parity());
       return missing;
     };
@@ -277,7 +276,7 @@ struct Group {
           if (lost || tile == mine.clear_first) break;
           rows.sum[0] += sums.x;
           rows.sum[1] += sums.y;
-          release({next++});
+          release();
         }
         usual = !missing;
       } else {
@@ -286,7 +285,7 @@ struct Group {
       const auto weigh_again = [&](bool raise) {
         if (transforms) transform(s);
         if (masked) mask(tile);
-        if (missing) mask_missing(s, {next});
+        if (missing) mask_missing(s, next);
         if (raise) raise_reference(s, rows, shrink, scale);
         sums = weigh<!Tile::kSumsByProduct>(s, rows, scale, p.lse);
         pack_weights<T>(weights, s);
@@ -298,7 +297,7 @@ struct Group {
       }
       if (lost) {
         if (any_above<T, WeightBits<T>::kMost>(largest)) {
-          score_again(s, {next});
+          score_again(s, next);
           weigh_again(true);
         } else {
           lower_weights<T>(weights, largest, rows, shrink);
@@ -310,12 +309,12 @@ struct Group {
       }
       rows.sum[0] += sums.x;
       rows.sum[1] += sums.y;
-      release({next++});
+      release();
     }
-    wait({next});
+    wait(next);
     see_copies();
     wgmma_fence();
-    issue_values(o, weights, {next});
+    issue_values(o, weights, next);
     // Beside the last product: where the rows go, and all of their factors but the sums. The sink may lie far above the
     // reference, or the reference be none.
     const int first_query = plan.row[index];
@@ -332,8 +331,8 @@ struct Group {
     }
     compute_now(v_scale);
     wgmma_wait<0>();
-    release({next++});
-    for (; tile >= first; --tile) skip(true);
+    release();
+    for (; tile >= warp_uniform(plan.first); --tile) skip(true);
 
     float exact[2];  // sums of weights that were not rounded
     if (!Tile::kSumsByProduct || p.lse)
@@ -362,28 +361,30 @@ struct Group {
 
     // Through q's place: all of the group's products have read it.
     sync();
-    const uint32_t place = shared.query(slot(), index);
+    const uint32_t place = shared.query(slot.stage(), index);
     const int lane = thread % 32;
 #pragma unroll
     for (int j = 0; j < Tile::kHead / 16; ++j) {
       const int line = 16 * warp() + lane % 16, chunk = 2 * j + lane / 16;
-      store_matrices(place + tile_offset(line, chunk), from_float2<Out>(o[8 * j], o[8 * j + 1]),
+      store_matrices(place + tile_offset<Tile>(line, chunk), from_float2<Out>(o[8 * j], o[8 * j + 1]),
                      from_float2<Out>(o[8 * j + 2], o[8 * j + 3]), from_float2<Out>(o[8 * j + 4], o[8 * j + 5]),
                      from_float2<Out>(o[8 * j + 6], o[8 * j + 7]));
     }
     if constexpr (Tile::kHead % 16 != 0) {
       constexpr int kLast = Tile::kHead / 8 - 1, kAt = Tile::kHead / 16 * 8;
       const int line = 16 * warp() + lane % 16;
-      store_matrices(place + tile_offset(line, kLast), from_float2<Out>(o[kAt], o[kAt + 1]),
+      store_matrices(place + tile_offset<Tile>(line, kLast), from_float2<Out>(o[kAt], o[kAt + 1]),
                      from_float2<Out>(o[kAt + 2], o[kAt + 3]));
     }
     __syncwarp();
     constexpr int kChunks = Tile::kHead / 8;  // of 16 bytes, in a line
     const int columns = static_cast<int>(p.head_size);
+    int first = lane;
+    if constexpr (Tile::kNarrow) compute_now(first);  // or its quotients would take registers throughout
 #pragma unroll
-    for (int i = lane; i < 16 * kChunks; i += 32) {
+    for (int i = first; i < 16 * kChunks; i += 32) {
       const int line = 16 * warp() + i / kChunks, chunk = i % kChunks;
-      const uint4 v = load_shared(place + tile_offset(line, chunk));
+      const uint4 v = load_shared(place + tile_offset<Tile>(line, chunk));
       if (line < queries && chunk * 8 < columns)
         *reinterpret_cast<uint4*>(out + line * p.out_stride.token + chunk * 8) = v;
     }
@@ -409,7 +410,7 @@ __device__ __forceinline__ void run_group(const PrefillArgs& a, const PrefillSha
   Group<Tile> group{a, shared, index, static_cast<int>(threadIdx.x % kGroupThreads), (index + 1) % a.groups + 1};
   if (a.turns && group.index + 1 == a.groups) arrive_threads(1, 2 * kGroupThreads);
   for (;;) {
-    const Place<Tile::kQuerySlots> slot{group.plans};
+    const Place<Tile::kQuerySlots> slot = group.slot;
     wait_barrier(shared.plan_full(slot.stage()), slot.parity());
     const Plan& plan = *shared.plan(slot.stage());
     if (warp_uniform(plan.head) < 0) return;
@@ -424,7 +425,7 @@ __device__ __forceinline__ void run_group(const PrefillArgs& a, const PrefillSha
     fence_shared_writes();
     group.sync();
     if (group.thread == 0) arrive(shared.query_empty(slot.stage()));
-    ++group.plans;
+    group.slot = slot.next();
   }
 }
 
@@ -438,10 +439,10 @@ __device__ __forceinline__ void fill_constants(const PrefillShared<Tile>& shared
   } else if constexpr (Tile::kHead % 16 != 0) {
     // All tiles lie one after another: of queries, of keys, of values.
     constexpr int kZeroTiles = Tile::kQuerySlots * Tile::kGroups + Tile::kStages;
-    constexpr int kChunk = Tile::kLastColumns / 8, kPanel = (Tile::kPanels - 1) * kPanelBytes;
-    for (uint32_t i = threadIdx.x; i < (kZeroTiles + Tile::kStages) * kTileRows; i += threads) {
+    constexpr int kTiles = kZeroTiles + (Tile::kSumsByProduct ? Tile::kStages : 0);
+    for (uint32_t i = threadIdx.x; i < kTiles * kTileRows; i += threads) {
       const uint32_t tile = i / kTileRows, line = i % kTileRows;
-      store_shared(shared.base + tile * Tile::kTileBytes + kPanel + line * 128 + (kChunk ^ line % 8) * 16,
+      store_shared(shared.base + tile * Tile::kTileBytes + tile_offset<Tile>(line, Tile::kHead / 8),
                    tile < kZeroTiles ? kZeros : kOnes);
     }
   }
@@ -468,8 +469,7 @@ __device__ __forceinline__ void init_barriers(const PrefillShared<Tile>& shared,
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) prefill_kernel(const __grid_constant__ PrefillArgs a) {
   extern __shared__ char memory[];
-  const uint32_t aligned = (shared_address(memory) + 1023) & ~1023u;
-  const PrefillShared<Tile> shared{memory + (aligned - shared_address(memory)), aligned};
+  const PrefillShared<Tile> shared{(shared_address(memory) + 1023) & ~1023u};
   const uint32_t groups = a.groups, group_threads = groups * kGroupThreads;
   // The loader does not wait for the others.
   if (threadIdx.x < group_threads) {

@@ -10,40 +10,46 @@
 
 namespace kestrel::cuda {
 
-inline CUtensorMap boxes_of(const void* data, DType dtype, int64_t columns, int64_t tokens, int64_t heads,
-                            int64_t batch, const AttentionStrides& stride, int box_columns) {
-  return tensor_map({dtype,
-                     data,
-                     {columns, std::max<int64_t>(tokens, 1), heads, batch},
-                     {1, stride.token, stride.head, stride.batch},
-                     {static_cast<uint32_t>(box_columns), kTileRows, 1, 1}});
+template <class Tile>
+void boxes_of(CUtensorMap* map, CUtensorMap* last, const void* data, DType dtype, int64_t columns, int64_t tokens,
+              int64_t heads, int64_t batch, const AttentionStrides& stride) {
+  constexpr uint32_t kPanel = Tile::kPanelColumns, kOthers = Tile::kPanels - 1;
+  tokens = std::max<int64_t>(tokens, 1);
+  const auto of_panel = [&](uint32_t panel) {
+    return tensor_map({dtype,
+                       data,
+                       {columns, tokens, heads, batch},
+                       {1, stride.token, stride.head, stride.batch},
+                       {panel, kTileRows, 1, 1},
+                       Tile::kSpan});
+  };
+  *last = of_panel(Tile::kLastColumns);
+  if constexpr (Tile::kNarrow) {
+    *map = tensor_map({dtype,
+                       data,
+                       {kPanel, tokens, kOthers, heads, batch},
+                       {1, stride.token, kPanel, stride.head, stride.batch},
+                       {kPanel, kTileRows, kOthers, 1, 1},
+                       Tile::kSpan});
+  } else if constexpr (kOthers > 0) {
+    *map = Tile::kLastColumns == kPanel ? *last : of_panel(kPanel);
+  }
 }
 
 template <class Tile>
 void launch_prefill(Stream stream, const AttentionProblem& p, const PrefillShape& shape) {
   const int64_t packed_q = p.cu_seqlens_q ? 1 : p.batch, packed_k = p.cu_seqlens_k ? 1 : p.batch;
-  const auto q = [&](int columns) {
-    return boxes_of(p.q, p.q_dtype, p.head_size, p.q_len, p.q_heads, packed_q, p.q_stride, columns);
-  };
-  const auto keys = [&](const void* data, const AttentionStrides& stride, int columns) {
-    return boxes_of(data, p.kv_dtype, p.head_size, p.k_len, p.k_heads, packed_k, stride, columns);
-  };
   PrefillArgs a{};
   a.problem = p;
   constexpr int64_t kFar = int64_t{1} << 30;  // past all keys
   a.problem.window_left = std::min(p.window_left, kFar);
   a.problem.window_right = std::min(p.window_right, kFar);
   a.problem.prefix_len = std::min(p.prefix_len, kFar);
-  constexpr bool kPartial = Tile::kLastColumns != kPanelColumns;
-  if constexpr (Tile::kSource != KeySource::kE4m3Rows) {
-    a.q = q(kPanelColumns);
-    if (kPartial) a.q_last = q(Tile::kLastColumns);
-  }
+  if constexpr (Tile::kSource != KeySource::kE4m3Rows)
+    boxes_of<Tile>(&a.q, &a.q_last, p.q, p.q_dtype, p.head_size, p.q_len, p.q_heads, packed_q, p.q_stride);
   if constexpr (Tile::kBoxes) {
-    a.k = keys(p.k, p.k_stride, kPanelColumns), a.v = keys(p.v, p.v_stride, kPanelColumns);
-    if (kPartial) {
-      a.k_last = keys(p.k, p.k_stride, Tile::kLastColumns), a.v_last = keys(p.v, p.v_stride, Tile::kLastColumns);
-    }
+    boxes_of<Tile>(&a.k, &a.k_last, p.k, p.kv_dtype, p.head_size, p.k_len, p.k_heads, packed_k, p.k_stride);
+    boxes_of<Tile>(&a.v, &a.v_last, p.v, p.kv_dtype, p.head_size, p.k_len, p.k_heads, packed_k, p.v_stride);
   }
   const int64_t pairs = packed_q * p.q_heads, row_tiles = row_tiles_of(p, shape.groups);
   const int64_t tiles = pairs * row_tiles;

@@ -3,6 +3,8 @@
 // through n + 1 stages.
 #pragma once
 
+#include <bit>
+
 #include "kestrel/hopper/mbarrier.cuh"
 #include "kestrel/hopper/pdl.cuh"
 #include "kestrel/hopper/tma.cuh"
@@ -10,23 +12,28 @@
 
 namespace kestrel::cuda {
 
-// The n-th use of a ring's stages: which one, and the parity of the phase in which it is full.
+// A use of a ring's stages: which one, and the parity of the phase in which it is full.
 template <int kStages>
 struct Place {
-  static_assert((kStages & (kStages - 1)) == 0);
-  uint32_t n;
-  __device__ __forceinline__ uint32_t stage() const { return n % kStages; }
-  __device__ __forceinline__ uint32_t parity() const { return n / kStages % 2; }
+  static constexpr uint32_t kPhase = std::bit_ceil(static_cast<uint32_t>(kStages));
+  uint32_t n = 0;
+  __device__ __forceinline__ uint32_t stage() const { return n % kPhase; }
+  __device__ __forceinline__ uint32_t parity() const { return n / kPhase % 2; }
+  __device__ __forceinline__ Place next() const {
+    return {n + 1 + (kStages < kPhase && stage() + 1 == kStages ? kPhase - kStages : 0)};
+  }
 };
 
 template <class Tile>
 struct PrefillShared {
-  char* memory;
   uint32_t base;
 
+  __device__ __forceinline__ char* at(uint32_t offset) const {
+    return static_cast<char*>(__cvta_shared_to_generic(base + offset));
+  }
   __device__ __forceinline__ Plan* plan(uint32_t slot) const {
     static_assert(sizeof(Plan) <= kPlanBytes);
-    return reinterpret_cast<Plan*>(memory + Tile::kPlansAt + slot * kPlanBytes);
+    return reinterpret_cast<Plan*>(at(Tile::kPlansAt + slot * kPlanBytes));
   }
 
   __device__ __forceinline__ uint32_t query(uint32_t slot, int group) const {
@@ -40,15 +47,15 @@ struct PrefillShared {
   }
   // A bit for each row of keys that lies in no page there is.
   __device__ __forceinline__ uint16_t* missing(uint32_t stage) const {
-    return reinterpret_cast<uint16_t*>(memory + Tile::kMissingAt) + stage * 4;
+    return reinterpret_cast<uint16_t*>(at(Tile::kMissingAt)) + stage * 4;
   }
   __device__ __forceinline__ uint64_t* row_address(uint32_t i) const {
-    return reinterpret_cast<uint64_t*>(memory + Tile::kRowsAt) + i * kGroupThreads;
+    return reinterpret_cast<uint64_t*>(at(Tile::kRowsAt)) + i * kGroupThreads;
   }
   __device__ __forceinline__ uint32_t page(uint32_t i) const { return base + Tile::kPagesAt + i * Tile::kPageBytes; }
   __device__ __forceinline__ uint32_t raw(uint32_t i) const { return base + Tile::kRawAt + i * Tile::kRawBytes; }
   __device__ __forceinline__ uint16_t* raw_missing(uint32_t i) const {
-    return reinterpret_cast<uint16_t*>(memory + Tile::kRawMissingAt) + i * 4;
+    return reinterpret_cast<uint16_t*>(at(Tile::kRawMissingAt)) + i * 4;
   }
   __device__ __forceinline__ uint32_t ones() const { return base + Tile::kOnesAt; }
   __device__ __forceinline__ uint32_t barrier(uint32_t i) const { return base + Tile::kBarriersAt + 8 * i; }
@@ -64,18 +71,26 @@ struct PrefillShared {
 };
 
 // Where 8 columns of a row lie in a tile: see tensor_map.h.
+template <class Tile>
 __device__ __forceinline__ uint32_t tile_offset(int row, int chunk) {
-  return chunk / 8 * kPanelBytes + row * 128 + (chunk % 8 ^ row % 8) * 16;
+  constexpr int kChunks = Tile::kSpan / 16;
+  return chunk / kChunks * Tile::kPanelBytes + row * Tile::kSpan +
+         (chunk % kChunks ^ row * Tile::kSpan / 128 % kChunks) * 16;
 }
 
 // Rows from `row` on of one head, as panels; what lies past the tensor comes as zeros.
 template <class Tile>
 __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, const CUtensorMap* last, int row,
                                           int head, int batch, uint32_t barrier) {
+  constexpr int kLast = Tile::kPanels - 1;
+  if constexpr (Tile::kNarrow) {
+    copy_box(to, map, 0, row, 0, head, batch, barrier);
+  } else {
 #pragma unroll
-  for (int panel = 0; panel < Tile::kPanels; ++panel)
-    copy_box(to + panel * kPanelBytes, panel + 1 < Tile::kPanels || Tile::kLastColumns == kPanelColumns ? map : last,
-             panel * kPanelColumns, row, head, batch, barrier);
+    for (int panel = 0; panel < kLast; ++panel)
+      copy_box(to + panel * Tile::kPanelBytes, map, panel * Tile::kPanelColumns, row, head, batch, barrier);
+  }
+  copy_box(to + kLast * Tile::kPanelBytes, last, kLast * Tile::kPanelColumns, row, head, batch, barrier);
 }
 
 // Hands the block's next plan, in the n-th use of a slot, to the groups, and their queries where the copy engine can
@@ -86,10 +101,7 @@ __device__ __forceinline__ const Plan& next_plan(const PrefillArgs& a, const Pre
   const int lane = threadIdx.x % 32;
   Plan& plan = *shared.plan(slot.stage());
   const uint32_t q_full = shared.query_full(slot.stage());
-  // Nothing that this kernel needs here is being written: the plan is made while the predecessor ends.
-  const bool early = slot.n == 0 && a.fixed;
   wait_barrier(shared.query_empty(slot.stage()), slot.parity() ^ 1);
-  if (!early) wait_for_predecessor();
   Work w;
   const bool more = planner.next(a, &w, &plan);
   if (more) write_plan(a, w, &plan);
@@ -101,7 +113,7 @@ __device__ __forceinline__ const Plan& next_plan(const PrefillArgs& a, const Pre
     if (!boxes) arrive(q_full);
     arrive(shared.plan_full(slot.stage()));
   }
-  if (early) wait_for_predecessor();
+  wait_for_predecessor();
   if (lane == 0 && boxes) arrive_expecting(q_full, a.groups * (Tile::kHead / 8 * 16 * kTileRows));
   if (lane < a.groups && boxes)
     load_tile<Tile>(shared.query(slot.stage(), lane), &a.q, &a.q_last, plan.s.q_first + plan.row[lane], plan.head,
@@ -113,21 +125,20 @@ template <class Tile>
 __device__ __forceinline__ void load_by_boxes(const PrefillArgs& a, const PrefillShared<Tile>& shared) {
   constexpr uint32_t kBytes = Tile::kHead / 8 * 16 * kTileRows;
   const bool leader = threadIdx.x % 32 == 0;
-  prefetch_map(&a.q);
-  prefetch_map(&a.k);
-  prefetch_map(&a.v);
+  prefetch_map(&a.q_last);
+  prefetch_map(&a.k_last);
+  prefetch_map(&a.v_last);
   Planner planner;
-  uint32_t next = 0;  // place in the ring
+  Place<Tile::kStages> place;
 #pragma unroll 1
-  for (uint32_t n = 0;; ++n) {
-    const Plan& plan = next_plan<Tile>(a, shared, {n}, planner);
-    if (n == 0) release_successor();
+  for (Place<Tile::kQuerySlots> slot;; slot = slot.next()) {
+    const Plan& plan = next_plan<Tile>(a, shared, slot, planner);
+    if (slot.n == 0) release_successor();
     if (plan.head < 0) return;
     const int last = plan.last, count = last - plan.first;
     if (leader && count > 0) {
 #pragma unroll 1
-      for (int i = 0; i <= count; ++i) {
-        const Place<Tile::kStages> place{next + i};
+      for (int i = 0; i <= count; ++i, place = place.next()) {
         const uint32_t full = shared.full(place.stage());
         wait_barrier(shared.empty(place.stage()), place.parity() ^ 1);
         arrive_expecting(full, i == 0 || i == count ? kBytes : 2 * kBytes);
@@ -138,7 +149,6 @@ __device__ __forceinline__ void load_by_boxes(const PrefillArgs& a, const Prefil
           load_tile<Tile>(shared.values(place.stage()), &a.v, &a.v_last, row + kTileRows, plan.k_head, plan.k_batch,
                           full);
       }
-      next += count + 1;
     }
     __syncwarp();
     if (a.once) return;

@@ -21,8 +21,8 @@ class RowLoader {
   __device__ __forceinline__ RowLoader(const PrefillArgs& a, const PrefillShared<Tile>& shared)
       : a_(a), shared_(shared), warp_(threadIdx.x % kGroupThreads / 32), lane_(threadIdx.x % 32) {}
 
-  // A tile of work. `next`: its first place in the ring. Tiles are counted from the last downwards.
-  __device__ __forceinline__ void load(const Plan& plan, uint32_t next) {
+  // A tile of work. Tiles are counted from the last downwards.
+  __device__ __forceinline__ void load(const Plan& plan) {
     const AttentionProblem& p = a_.problem;
     const int count = plan.last - plan.first;
     if (count == 0) return;
@@ -34,24 +34,29 @@ class RowLoader {
     pages_ = static_cast<uint32_t>(min(p.pages, int64_t{1} << 31));  // a negative entry is one past them
     top_ = (plan.last - 1) * kTileRows + 16 * warp_ + lane_ % 16;
     first_key_ = plan.first_key, last_key_ = plan.last_key;
-#pragma unroll 1
-    for (int i = 0; i < kAhead; ++i) copy_page(i);
-    wait_copies();
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      copy_page(i);
+      commit_copies();
+    }
     if constexpr (Tile::kSource == KeySource::kRows) {
 #pragma unroll 1
       for (int i = 0; i <= count; ++i) {
         wait_copy_groups<kAhead - 1>();  // the page of this tile: its group is as old as the rows last in this stage
-        copy_rows(i, count, {next + i});
+        copy_rows(i, count);
       }
     } else {
 #pragma unroll 1
-      for (int i = 0; i < kAhead; ++i) copy_raw(i, count);
+      for (int i = 0; i < kAhead; ++i) {
+        wait_copy_groups<kAhead - 1>();
+        copy_raw(i, count);
+      }
       wait_copy_groups<kAhead - 1>();
 #pragma unroll 1
       for (int i = 0; i <= count; ++i) {
         if (i > 0) wait_copy_groups<kAhead - 2>();
         __syncwarp();
-        convert(i, count, {next + i});
+        convert(i, count);
         if (i > 0) copy_raw(i - 1 + kAhead, count);
       }
     }
@@ -125,18 +130,21 @@ class RowLoader {
     }
   }
 
-  __device__ __forceinline__ void wait_empty(Place<Tile::kStages> at) const {
+  __device__ __forceinline__ Place<Tile::kStages> wait_empty() {
+    const Place<Tile::kStages> at = next_;
+    next_ = at.next();
     wait_barrier(shared_.empty(at.stage()), at.parity() ^ 1);
+    return at;
   }
 
-  __device__ __forceinline__ void copy_rows(int i, int count, Place<Tile::kStages> at) const {
+  __device__ __forceinline__ void copy_rows(int i, int count) {
     const auto copy_to = [&](uint32_t to) {
       return [=](int line, int chunk, const char* from, bool read) {
-        copy_async(to + tile_offset(line, chunk), from, read ? 16 : 0);
+        copy_async(to + tile_offset<Tile>(line, chunk), from, read ? 16 : 0);
       };
     };
     const uint32_t missing = place_rows(i);
-    wait_empty(at);
+    const Place<Tile::kStages> at = wait_empty();
     if (i < count) each_chunk<false>(i, copy_to(shared_.keys(at.stage())));
     if (i > 0) each_chunk<true>(i - 1, copy_to(shared_.values(at.stage())));
     arrive_after_copies(shared_.full(at.stage()));
@@ -218,15 +226,15 @@ class RowLoader {
           uint4 v;
           widen(raw.word[n][2 * half], &v.x, &v.y);
           widen(raw.word[n][2 * half + 1], &v.z, &v.w);
-          store_shared(to + tile_offset(16 * warp_ + line, piece * (kPieceBytes / 8) + half), v);
+          store_shared(to + tile_offset<Tile>(16 * warp_ + line, piece * (kPieceBytes / 8) + half), v);
         }
     }
   }
-  __device__ __forceinline__ void convert(int i, int count, Place<Tile::kStages> at) const {
+  __device__ __forceinline__ void convert(int i, int count) {
     Raw keys, values;
     if (kRegular && i < count) load_raw(keys, i, false);
     if (kRegular && i > 0) load_raw(values, i - 1, true);
-    wait_empty(at);
+    const Place<Tile::kStages> at = wait_empty();
     if (!kRegular && i < count) load_raw(keys, i, false);
     if (i < count) store_halves(keys, shared_.keys(at.stage()));
     if (!kRegular && i > 0) load_raw(values, i - 1, true);
@@ -239,6 +247,7 @@ class RowLoader {
   const PrefillArgs& a_;
   const PrefillShared<Tile> shared_;
   const int warp_, lane_;
+  Place<Tile::kStages> next_;
   // Of the tile of work: this lane's row of the last tile of keys, all keys that are seen, where the head's rows are.
   int top_, first_key_, last_key_;
   const int32_t* table_;  // or null
@@ -252,19 +261,16 @@ __device__ __forceinline__ void load_by_rows(const PrefillArgs& a, const Prefill
   const bool plans = threadIdx.x % kGroupThreads < 32;
   RowLoader<Tile> loader(a, shared);
   Planner planner;
-  uint32_t next = 0;
 #pragma unroll 1
-  for (uint32_t n = 0;; ++n) {
-    const Place<Tile::kQuerySlots> slot{n};
+  for (Place<Tile::kQuerySlots> slot;; slot = slot.next()) {
     if (plans) next_plan<Tile>(a, shared, slot, planner);
     wait_for_predecessor();
-    if (n == 0) release_successor();
+    if (slot.n == 0) release_successor();
     const Plan* plan = shared.plan(slot.stage());
     sync_threads(kLoaderBarrier, kGroupThreads);
     if (plan->head < 0) return;
-    loader.load(*plan, next);
+    loader.load(*plan);
     if (a.once) return wait_copies();
-    if (plan->first < plan->last) next += plan->last - plan->first + 1;
     // Everybody is done with this plan's place before the next one is written there.
     sync_threads(kLoaderBarrier, kGroupThreads);
   }

@@ -1,6 +1,7 @@
 // Who does what: tiles of work in their order, the longest first, and the tiles of keys that each of their parts needs.
 #pragma once
 
+#include "kestrel/hopper/pdl.cuh"
 #include "kestrel/hopper/warp.cuh"
 #include "ops/attention/device.cuh"
 #include "ops/attention/prefill_args.h"
@@ -104,6 +105,8 @@ __device__ __forceinline__ Work work_of(const PrefillArgs& a, uint32_t index, Pl
   uint32_t b, head;
   a.by_q_heads(first + at, &b, &head);
   plan->head = head;
+  // What follows from lengths that the predecessor may write comes last: plans are made while it ends.
+  if (!a.fixed) wait_for_predecessor();
   if (p.cu_seqlens_q) {
     w.tiles = 0;
     if (!find_sequence_of_tile(p, a.groups * kTileRows, tile, &w)) return w;

@@ -1,6 +1,6 @@
 // What a block of the prefill kernel holds: up to kGroups warpgroups of 64 query rows each, tiles of 64 keys. In
-// shared memory every tile is panels of [64 rows][128 bytes] with the 128-byte swizzle, the last one partly filled
-// where the head size is no multiple of 64.
+// shared memory every tile is panels of [64 rows][kSpan bytes], swizzled over as many, the last one partly filled where
+// the head size is no multiple of a panel's columns.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,6 @@
 namespace kestrel::cuda {
 
 constexpr int kTileRows = 64;  // queries of a group, and keys of a tile
-constexpr int kPanelColumns = 64;
-constexpr int kPanelBytes = kTileRows * kPanelColumns * 2;
 constexpr int kGroupThreads = 128;
 constexpr int kMostGroups = 4;
 constexpr int kPlanBytes = 160;
@@ -25,13 +23,18 @@ struct PrefillTile {
   static constexpr KeySource kSource = kSource_;
   static constexpr bool kBoxes = kSource == KeySource::kBoxes;
   static constexpr int kHead = kHead_, kGroups = kGroups_, kStages = kStages_, kQuerySlots = kQuerySlots_;
+  // Panels of half the width: a tile of 72 columns takes 12 KB and not 16, but short rows are slower to copy.
+  static constexpr bool kNarrow = kGroups == 4 && kHead > 64;
+  static constexpr int kSpan = kNarrow ? 64 : 128;
+  static constexpr int kPanelColumns = kSpan / 2, kPanelBytes = kTileRows * kSpan;
   static constexpr int kPanels = (kHead + kPanelColumns - 1) / kPanelColumns;
   static constexpr int kLastColumns = kHead - (kPanels - 1) * kPanelColumns;  // of the last panel
   static constexpr int kTileBytes = kPanels * kPanelBytes;
   static constexpr int kSteps = (kHead + 15) / 16;  // of 16 columns, in q k^T
   // The sums of the weights come out of the product with the values, as one more column block of ones, where the
-  // products wait for the exponentials anyhow: 1916 -> 1791 us at head size 64 and 16384 keys.
-  static constexpr bool kSumsByProduct = kHead <= 72;
+  // products wait for the exponentials anyhow: 1916 -> 1791 us at head size 64 and 16384 keys. Four groups have
+  // registers for 72 columns in all.
+  static constexpr bool kSumsByProduct = kHead <= (kNarrow ? 64 : 72);
   static constexpr int kOutColumns = kSumsByProduct ? kHead + 8 : kHead;
   static constexpr bool kOnesPanel = kSumsByProduct && kLastColumns == kPanelColumns;
   static constexpr int kOnesBytes = kOnesPanel ? 16 * 128 : 0;
