@@ -73,9 +73,10 @@ Tensor::Tensor(const DLTensor& t)
       rank(t.ndim) {
   if (device.device_type == kDLCUDAHost) device = {kDLCPU, 0};
   if (device.device_type == kDLCUDAManaged) device.device_type = kDLCUDA;
-  std::copy_n(t.shape, std::min(rank, kMaxRank), shape);
+  // Loops of a fixed length: copy_n would call memmove for a few words.
+  for (int i = 0; i < kMaxRank; ++i) shape[i] = i < rank ? t.shape[i] : 0;
   if (t.strides && !empty())  // frameworks disagree on the strides of nothing
-    std::copy_n(t.strides, std::min(rank, kMaxRank), stride);
+    for (int i = 0; i < kMaxRank; ++i) stride[i] = i < rank ? t.strides[i] : 0;
   else
     set_contiguous(*this);
 }

@@ -25,25 +25,16 @@ struct Argument {  // numbers
 
 template <>
 struct Argument<Tensor> {
-  using From = ffi::TensorView;
-  static Tensor convert(const ffi::TensorView& view) {
-    DLTensor dl{view.data_ptr(),
-                view.device(),
-                view.ndim(),
-                view.dtype(),
-                const_cast<int64_t*>(view.shape().data()),
-                const_cast<int64_t*>(view.strides().data()),
-                view.byte_offset()};
-    return Tensor(dl);
-  }
+  using From = DLTensor*;
+  static Tensor convert(const DLTensor* tensor) { return Tensor(*tensor); }
 };
 
 template <>
 struct Argument<std::optional<Tensor>> {
-  using From = ffi::Optional<ffi::TensorView>;
-  static std::optional<Tensor> convert(const From& view) {
-    if (!view.has_value()) return std::nullopt;
-    return Argument<Tensor>::convert(*view);
+  using From = ffi::Optional<DLTensor*>;
+  static std::optional<Tensor> convert(const From& tensor) {
+    if (!tensor.has_value()) return std::nullopt;
+    return Tensor(**tensor);
   }
 };
 
@@ -51,7 +42,7 @@ template <class T>
 struct Argument<Value<T>> {
   using From = ffi::AnyView;
   static Value<T> convert(const ffi::AnyView& any) {
-    if (auto view = any.try_cast<ffi::TensorView>()) return Value<T>(Argument<Tensor>::convert(*view));
+    if (auto tensor = any.try_cast<DLTensor*>()) return Value<T>(Tensor(**tensor));
     return Value<T>(static_cast<T>(any.cast<std::conditional_t<std::is_floating_point_v<T>, double, int64_t>>()));
   }
 };
@@ -74,18 +65,19 @@ struct Argument<std::string_view> {
   static std::string_view convert(const ffi::String& text) { return {text.data(), text.size()}; }
 };
 
-inline void find_device(const Tensor& t, const DLDevice** device) {
-  if (!*device && !t.on_cpu()) *device = &t.device;
+// The first array that lies on a GPU says which.
+inline void find_gpu(DLTensor* tensor, int* gpu) {
+  const DLDeviceType type = tensor->device.device_type;
+  if (*gpu < 0 && type != kDLCPU && type != kDLCUDAHost) *gpu = tensor->device.device_id;
 }
-inline void find_device(const std::optional<Tensor>& t, const DLDevice** device) {
-  if (t) find_device(*t, device);
+inline void find_gpu(const ffi::AnyView& any, int* gpu) {
+  if (auto tensor = any.try_cast<DLTensor*>()) find_gpu(*tensor, gpu);
+}
+inline void find_gpu(const ffi::Optional<DLTensor*>& tensor, int* gpu) {
+  if (tensor.has_value()) find_gpu(*tensor, gpu);
 }
 template <class T>
-void find_device(const Value<T>& value, const DLDevice** device) {
-  find_device(value.tensor, device);
-}
-template <class T>
-void find_device(const T&, const DLDevice**) {}
+void find_gpu(const T&, int*) {}
 
 inline const char* python_name(ErrorKind kind) {
   switch (kind) {
@@ -110,12 +102,10 @@ decltype(auto) raising(F&& f) {
 template <class... Args>
 auto bind(void (*op)(Stream, Args...)) {
   return [op](typename Argument<Args>::From... from) {
-    std::tuple<Args...> args{Argument<Args>::convert(from)...};
-    const DLDevice* device = nullptr;
-    std::apply([&](const auto&... arg) { (find_device(arg, &device), ...); }, args);
-    Stream stream;
-    if (device) stream = Stream(TVMFFIEnvGetStream(device->device_type, device->device_id));
-    raising([&] { std::apply([&](auto&... arg) { op(stream, arg...); }, args); });
+    int gpu = -1;
+    (find_gpu(from, &gpu), ...);
+    const Stream stream = gpu < 0 ? nullptr : TVMFFIEnvGetStream(kDLCUDA, gpu);
+    raising([&] { op(stream, Argument<Args>::convert(from)...); });
   };
 }
 

@@ -130,13 +130,13 @@ def test_small_cases_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
 def test_small_cases_call_every_op(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the sanitizer sees each: an op without a bench entry fails here."""
     called = set()
-    original = _op.Op.__call__
+    original = _op.Op.call
 
     def record(self: _op.Op, *args: Any) -> None:
         called.add(self.name)
         original(self, *args)
 
-    monkeypatch.setattr(_op.Op, "__call__", record)
+    monkeypatch.setattr(_op.Op, "call", record)
     assert small.main(["--device", "cpu"]) == 0
     kk.__dir__()  # imports every module of ops
     assert called == set(_op._ops)

@@ -351,7 +351,7 @@ def test_poisoned_workspace(backend: Backend, dtype: str) -> None:
     whole = backend.array(np.full(size + 64, 0xFF), "uint8")
     start = -_address(whole) % 16
     out = backend.poisoned((20, 72), layer.out_dtype)
-    cute_moe._fused_moe(
+    cute_moe._fused_moe.call(
         out, whole[start : start + size], layer.x, layer.w_up, layer.w_up_scale, layer.w_down, layer.w_down_scale,
         layer.weights, backend.array(ids, "int32"), None, 16, -1, "gelu_residual",
     )  # fmt: skip

@@ -509,7 +509,7 @@ def test_workspace() -> None:
     for activation in ACTIVATIONS:
         x, w, bias, residual = (b.array(a, "bfloat16") for a in layer(9, 64, 128, activation))
         out = torch.full_like(residual, torch.nan)
-        ops._linear(out, None, x, w, bias, residual, activation or "")
+        ops._linear.call(out, None, x, w, bias, residual, activation or "")
         want = expected(activation, *map(b.numpy, (x, w, bias, residual)))
         assert_close(b.numpy(out), want, "bfloat16", slack(b, 128) + 2e-5)
     size = ops.WORKSPACE_BYTES
@@ -521,7 +521,7 @@ def test_workspace() -> None:
         (memory.cpu(), "workspace must be on cuda:0 like x, got cpu"),
     ]:
         with pytest.raises(ValueError, match=f"^linear: {message}"):
-            ops._linear(out, bad, x, w, bias, residual, activation or "")
+            ops._linear.call(out, bad, x, w, bias, residual, activation or "")
     assert out.isnan().all()
 
 

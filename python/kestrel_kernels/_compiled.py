@@ -82,7 +82,7 @@ def register(op: Op, arguments: Sequence[str], writes: frozenset[str]) -> str:
     library.define(schema_of(op.name, arguments, writes, types))
 
     def run(*flat: Any) -> None:
-        op(*unflatten(types, flat))
+        op.call(*unflatten(types, flat))
 
     for device in ("CPU", "CUDA"):
         library.impl(op.name, run, device)

@@ -28,7 +28,7 @@ _gelu_tanh_and_mul = Op("gelu_tanh_and_mul", "out x", writes="out")
 def _functional(op: Op, x: ArrayT) -> ArrayT:
     *leading, width = shape_of(f"{op.name}: x", x)
     out = new_array(x, (*leading, width // 2))
-    op(out, x)
+    op.call(out, x)
     return result(out, x)
 
 
@@ -43,7 +43,7 @@ def gelu_residual_cuda(out: Array, x: Array) -> None:
         TypeError: a dtype that is not taken, or an immutable `out`.
         ValueError: a shape, stride, alignment or device that does not fit.
     """
-    _gelu_residual(out, x)
+    _gelu_residual.call(out, x)
 
 
 def gelu_residual(x: ArrayT) -> ArrayT:
@@ -53,7 +53,7 @@ def gelu_residual(x: ArrayT) -> ArrayT:
 
 def silu_and_mul_into(out: Array, x: Array) -> None:
     """out = silu(x[..., :N]) * x[..., N:], SwiGLU (Shazeer 2020). Arguments and errors of `gelu_residual_cuda`."""
-    _silu_and_mul(out, x)
+    _silu_and_mul.call(out, x)
 
 
 def silu_and_mul(x: ArrayT) -> ArrayT:
@@ -63,7 +63,7 @@ def silu_and_mul(x: ArrayT) -> ArrayT:
 
 def gelu_and_mul_into(out: Array, x: Array) -> None:
     """out = gelu(x[..., :N]) * x[..., N:], exact (erf) GELU. Arguments and errors of `gelu_residual_cuda`."""
-    _gelu_and_mul(out, x)
+    _gelu_and_mul.call(out, x)
 
 
 def gelu_and_mul(x: ArrayT) -> ArrayT:
@@ -73,7 +73,7 @@ def gelu_and_mul(x: ArrayT) -> ArrayT:
 
 def gelu_tanh_and_mul_into(out: Array, x: Array) -> None:
     """out = gelu_tanh(x[..., :N]) * x[..., N:], tanh GELU. Arguments and errors of `gelu_residual_cuda`."""
-    _gelu_tanh_and_mul(out, x)
+    _gelu_tanh_and_mul.call(out, x)
 
 
 def gelu_tanh_and_mul(x: ArrayT) -> ArrayT:

@@ -79,7 +79,7 @@ def _run_up(
     to = out
     if to is None:
         to = new_array(x[0], (tokens, slots, inner if activation else 2 * inner), "bfloat16" if fp8 else None)
-    op(to, *x, *w, *tail, block_m, tile, activation or "")
+    op.call(to, *x, *w, *tail, block_m, tile, activation or "")
     return result(to, x[0]) if out is None else out
 
 
@@ -95,7 +95,7 @@ def _run_down(
     if to is None:
         shape = (tokens, hidden) if reduce else (tokens, slots, hidden)
         to = new_array(x[0], shape, "bfloat16" if fp8 else None)
-    op(to, _workspace(to, reduce, tokens, slots, hidden), *x, *w3, *tail, block_m, tile, bool(reduce))
+    op.call(to, _workspace(to, reduce, tokens, slots, hidden), *x, *w3, *tail, block_m, tile, bool(reduce))
     return result(to, x[0]) if out is None else out
 
 
@@ -499,7 +499,7 @@ def fused_moe(
     routed = experts if expert_map is None else shape_of("fused_moe: expert_map", expert_map)[0] or experts
     to: Any = new_array(x, (tokens, hidden), "bfloat16" if fp8 else None) if out is None else out
     workspace = scratch(to, _layer_workspace_bytes(tokens, slots, routed, hidden, rows // 2, block_m, fp8))
-    _fused_moe(
+    _fused_moe.call(
         to, workspace, x, w_up, w_up_scale, w_down, w_down_scale, topk_weights, topk_ids, expert_map, block_m,
         tile, activation or "",
     )  # fmt: skip

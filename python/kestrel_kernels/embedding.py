@@ -23,12 +23,12 @@ def embedding_into(out: Array, table: Array, ids: Array) -> None:
         ValueError: a shape, stride, alignment or device that does not fit, or (on the CPU, and on CUDA with
             KESTREL_CHECK=1; before any write) an id outside `[0, V)`.
     """
-    _embedding(out, table, ids)
+    _embedding.call(out, table, ids)
 
 
 def embedding(table: ArrayT, ids: Array) -> ArrayT:
     """table[ids]: table `[V, N]`, ids `[...]` int32 or int64 -> `[..., N]`. See `embedding_into`."""
     width = shape_of("embedding: table", table, 2)[-1]
     out = new_array(table, (*shape_of("embedding: ids", ids, 0), width))
-    _embedding(out, table, ids)
+    _embedding.call(out, table, ids)
     return result(out, table)

@@ -35,17 +35,17 @@ def fp8_e4m3fn_rowwise_quant_cuda(out_bits: Array, out_scale: Array, x: Array) -
         TypeError: a dtype that is not taken, or an immutable output.
         ValueError: a shape, stride, alignment or device that does not fit.
     """
-    _row(out_bits, out_scale, x)
+    _row.call(out_bits, out_scale, x)
 
 
 def fp8_e4m3fn_tensor_quant_cuda(out_bits: Array, out_scale: Array, x: Array) -> None:
     """One scale for the whole tensor: out_scale has one element, fp32. Else as `fp8_e4m3fn_rowwise_quant_cuda`."""
-    _tensor(out_bits, out_scale, x)
+    _tensor.call(out_bits, out_scale, x)
 
 
 def fp8_e4m3fn_static_quant_cuda(out_bits: Array, scale: Array | float, x: Array) -> None:
     """A given scale, as it is: a number above zero, or an array of one element, fp32. Else as the row form."""
-    _static(out_bits, scale, x)
+    _static.call(out_bits, scale, x)
 
 
 def fp8_quant(
@@ -61,8 +61,8 @@ def fp8_quant(
     shape = shape_of("fp8_quant: x", x, rank=2)
     bits = new_array(x, shape, "float8_e4m3fn")
     if scale is not None:
-        _static(bits, scale, x)
+        _static.call(bits, scale, x)
         return result(bits, x), scale
     scales = new_array(x, shape[:1] if mode == "row" else (1,), "float32")
-    (_row if mode == "row" else _tensor)(bits, scales, x)
+    (_row if mode == "row" else _tensor).call(bits, scales, x)
     return result(bits, x), result(scales, x)

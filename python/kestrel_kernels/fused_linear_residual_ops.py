@@ -59,7 +59,7 @@ def linear_into(
         TypeError: a dtype that is not taken, or an immutable `out`.
         ValueError: a shape, stride, alignment, device or activation that does not fit.
     """
-    _linear(out, _workspace(out) if workspace is None else workspace, x, w, b, residual, activation or "")
+    _linear.call(out, _workspace(out) if workspace is None else workspace, x, w, b, residual, activation or "")
 
 
 def linear(
@@ -73,7 +73,7 @@ def linear(
     *leading, _ = shape_of("linear: x", x)
     columns = shape_of("linear: w", w)[0]
     out = new_array(x, (*leading, columns // 2 if activation in _GATES else columns))
-    _linear(out, _workspace(out), x, w, b, residual, activation or "")
+    _linear.call(out, _workspace(out), x, w, b, residual, activation or "")
     return result(out, x)
 
 
@@ -82,4 +82,4 @@ def fused_linear_bias_residual_into(x: Array, w: Array, b: Array, residual: Arra
 
     `out` is written and may be `residual`. Errors of `linear_into`.
     """
-    _linear(out, _workspace(out), x, w, b, residual, "")
+    _linear.call(out, _workspace(out), x, w, b, residual, "")

@@ -30,7 +30,7 @@ def fused_mlp_gelu_bias_residual_cuda(
         TypeError: a dtype that is not taken, or an immutable `out` or `hidden`.
         ValueError: a shape, stride, alignment or device that does not fit.
     """
-    _fused_mlp(out, hidden, _workspace(out), x, w1, b1, w2, b2, residual)
+    _fused_mlp.call(out, hidden, _workspace(out), x, w1, b1, w2, b2, residual)
 
 
 def fused_mlp(x: ArrayT, w1: Array, b1: Array, w2: Array, b2: Array, residual: Array) -> ArrayT:
@@ -38,5 +38,5 @@ def fused_mlp(x: ArrayT, w1: Array, b1: Array, w2: Array, b2: Array, residual: A
     *leading, _ = shape_of("fused_mlp: x", x)
     hidden = new_array(x, (*leading, shape_of("fused_mlp: w1", w1)[0]))
     out = new_array(x, (*leading, shape_of("fused_mlp: w2", w2)[0]))
-    _fused_mlp(out, hidden, _workspace(out), x, w1, b1, w2, b2, residual)
+    _fused_mlp.call(out, hidden, _workspace(out), x, w1, b1, w2, b2, residual)
     return result(out, x)

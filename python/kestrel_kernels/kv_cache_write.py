@@ -51,7 +51,7 @@ def reshape_and_cache_flash(
         TypeError: a dtype that is not taken, or an immutable cache.
         ValueError: a shape, stride, alignment, device, mode or slot that does not fit.
     """
-    _reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale)
+    _reshape_and_cache_flash.call(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale)
 
 
 def rope_and_cache(
@@ -88,7 +88,7 @@ def rope_and_cache(
         TypeError: a dtype that is not taken, or an immutable q or cache.
         ValueError: a shape, stride, alignment, device, mode, position or slot that does not fit.
     """
-    _rope_and_cache(
+    _rope_and_cache.call(
         positions, q, k, v, cos_sin_cache, k_cache, v_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale,
         interleaved, tok_qv_lin, tau_pos_table,
     )  # fmt: skip

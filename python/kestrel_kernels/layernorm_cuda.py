@@ -30,9 +30,9 @@ def layernorm_bias_cuda(out: Array, x: Array, weight: Array, bias: Array, eps: f
         TypeError: a dtype that is not taken, or an immutable `out`.
         ValueError: a shape, stride, alignment, device or eps that does not fit.
     """
-    _layernorm(out, x, weight, bias, eps)
+    _layernorm.call(out, x, weight, bias, eps)
 
 
 def layernorm_bias_reload_cuda(out: Array, x: Array, weight: Array, bias: Array, eps: float) -> None:
     """`layernorm_bias_cuda` that reads x a second time: same arguments, same errors."""
-    _layernorm_reload(out, x, weight, bias, eps)
+    _layernorm_reload.call(out, x, weight, bias, eps)

@@ -72,7 +72,7 @@ def moe_align_block_size(
     """
     if workspace is None:
         workspace = _workspace("moe_align_block_size", sorted_token_ids, topk_ids, num_experts, 1)
-    _moe_align_block_size(
+    _moe_align_block_size.call(
         sorted_token_ids, expert_ids, num_tokens_post_pad, workspace, topk_ids, num_experts, block_size, expert_map
     )
 
@@ -103,7 +103,7 @@ def moe_lora_align_block_size(
     if workspace is None:
         max_loras = shape_of("moe_lora_align_block_size: sorted_token_ids", sorted_token_ids)[0]
         workspace = _workspace("moe_lora_align_block_size", sorted_token_ids, topk_ids, num_experts, max_loras)
-    _moe_lora_align_block_size(
+    _moe_lora_align_block_size.call(
         sorted_token_ids, expert_ids, num_tokens_post_pad, workspace, topk_ids, token_lora_mapping, num_experts,
         block_size, expert_map,
     )  # fmt: skip

@@ -32,9 +32,9 @@ def moe_sum(x: Array, out: Array | None = None) -> Array | None:
         ValueError: a shape, stride, alignment or device that does not fit.
     """
     if out is not None:
-        _moe_sum(out, x)
+        _moe_sum.call(out, x)
         return None
     tokens, *_, width = shape_of("moe_sum: x", x, rank=3)
     sums = new_array(x, (tokens, width))
-    _moe_sum(sums, x)
+    _moe_sum.call(sums, x)
     return result(sums, x)

@@ -39,11 +39,11 @@ def rmsnorm_into(out: Array, x: Array, weight: Array, eps: float, residual: Arra
         TypeError: a dtype that is not taken, or an immutable `out` or `residual`.
         ValueError: a shape, stride, alignment, device or eps that does not fit.
     """
-    _rmsnorm(out, x, weight, eps, residual)
+    _rmsnorm.call(out, x, weight, eps, residual)
 
 
 def rmsnorm(x: ArrayT, weight: Array, eps: float = 1e-6, residual: Array | None = None) -> ArrayT:
     """x / sqrt(mean(x^2) + eps) * weight, like x; a residual is changed in place. See `rmsnorm_into`."""
     out = new_array(x, shape_of("rmsnorm: x", x))
-    _rmsnorm(out, x, weight, eps, residual)
+    _rmsnorm.call(out, x, weight, eps, residual)
     return result(out, x)

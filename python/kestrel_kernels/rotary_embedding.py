@@ -35,4 +35,4 @@ def rotary_embedding(
         TypeError: a dtype that is not taken, or an immutable query or key.
         ValueError: a shape, stride, alignment, device or position that does not fit.
     """
-    _rotary_embedding(positions, query, key, head_size, cos_sin_cache, interleaved)
+    _rotary_embedding.call(positions, query, key, head_size, cos_sin_cache, interleaved)

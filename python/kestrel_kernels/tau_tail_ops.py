@@ -23,4 +23,4 @@ def tau_tail_apply_into(qkv_out: Array, tok_qv_lin: Array, tau_pos_table: Array,
         TypeError: a dtype that is not taken, or an immutable `qkv_out`.
         ValueError: a shape, stride, alignment, device or position that does not fit.
     """
-    _tau_tail_apply_into(qkv_out, tok_qv_lin, tau_pos_table, position_ids)
+    _tau_tail_apply_into.call(qkv_out, tok_qv_lin, tau_pos_table, position_ids)

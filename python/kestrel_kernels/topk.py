@@ -57,7 +57,7 @@ def topk_fwd_into(values: Array, indices: Array, scores: Array, softmax: bool = 
         TypeError: a dtype that is not taken, or an immutable output.
         ValueError: a shape, stride, alignment or device that does not fit, or k out of range.
     """
-    _topk_fwd(values, indices, scores, softmax)
+    _topk_fwd.call(values, indices, scores, softmax)
 
 
 def topk_fwd(scores: ArrayT, k: int, softmax: bool = False) -> tuple[ArrayT, ArrayT]:
@@ -67,7 +67,7 @@ def topk_fwd(scores: ArrayT, k: int, softmax: bool = False) -> tuple[ArrayT, Arr
     """
     shape = (_rows("topk_fwd", "scores", scores, k), k)
     values, indices = new_array(scores, shape), new_array(scores, shape, "int32")
-    _topk_fwd(values, indices, scores, softmax)
+    _topk_fwd.call(values, indices, scores, softmax)
     return result(values, scores), result(indices, scores)
 
 
@@ -106,7 +106,7 @@ def topk_router_into(
         ValueError: a shape, stride, alignment or device that does not fit, an unknown scoring, num_groups that do not
             divide E, or k above the number of experts in topk_groups groups.
     """
-    _topk_router(weights, ids, scores, scoring, bias, renormalize, num_groups, topk_groups, scale)
+    _topk_router.call(weights, ids, scores, scoring, bias, renormalize, num_groups, topk_groups, scale)
 
 
 def topk_router(
@@ -122,7 +122,7 @@ def topk_router(
     """k experts a token: scores `[T, E]` -> weights `[T, k]` fp32, ids `[T, k]` int32. See `topk_router_into`."""
     shape = (_rows("topk_router", "scores", scores, k), k)
     weights, ids = new_array(scores, shape, "float32"), new_array(scores, shape, "int32")
-    _topk_router(weights, ids, scores, scoring, bias, renormalize, num_groups, topk_groups, scale)
+    _topk_router.call(weights, ids, scores, scoring, bias, renormalize, num_groups, topk_groups, scale)
     return result(weights, scores), result(ids, scores)
 
 
@@ -153,7 +153,7 @@ def sample_top_k_into(
         ValueError: a shape, stride, alignment or device that does not fit, k outside 1 to 128 or above N, or a
             temperature (on the CPU, or a number) that is negative, infinite or NaN.
     """
-    _sample_top_k(ids, logits, k, temperature, _int64(seed), _int64(offset))
+    _sample_top_k.call(ids, logits, k, temperature, _int64(seed), _int64(offset))
 
 
 def sample_top_k(

@@ -64,7 +64,7 @@ def _attention(
     if workspace is None and not packed and shape[1] <= 16:
         workspace = scratch(written, WORKSPACE_BYTES)
     causal, prefix_len, *scales = mask_and_scales
-    op(written, lse, workspace, q, *k_to_page_table, causal, prefix_len, *window_size, *scales, *hints)
+    op.call(written, lse, workspace, q, *k_to_page_table, causal, prefix_len, *window_size, *scales, *hints)
     given = out if out is not None else result(written, q)
     return (given, result(lse, q)) if return_lse else given
 
@@ -250,12 +250,12 @@ def merge_state_into(out: Array, lse: Array, out_a: Array, lse_a: Array, out_b: 
         TypeError: a dtype that is not taken, or an immutable out or lse.
         ValueError: a shape, stride or device that does not fit.
     """
-    _merge_state(out, lse, out_a, lse_a, out_b, lse_b)
+    _merge_state.call(out, lse, out_a, lse_a, out_b, lse_b)
 
 
 def merge_state(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
     """(out, lse) of the attention over two disjoint sets of keys. Arguments and errors of `merge_state_into`."""
     out = new_array(out_a, shape_of("merge_state: out_a", out_a))
     lse = new_array(out_a, shape_of("merge_state: lse_a", lse_a), "float32")
-    _merge_state(out, lse, out_a, lse_a, out_b, lse_b)
+    _merge_state.call(out, lse, out_a, lse_a, out_b, lse_b)
     return result(out, out_a), result(lse, out_a)
