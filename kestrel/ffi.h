@@ -8,8 +8,10 @@
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/tvm_ffi.h>
 
+#include <string>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 
 #include <kestrel/tensor.h>
 
@@ -99,13 +101,27 @@ decltype(auto) raising(F&& f) {
   }
 }
 
+// An argument whose type its conversion refuses is told by its number, as tvm-ffi tells of those that it refuses
+// itself.
+template <class T, size_t kNumber>
+T converted(const typename Argument<T>::From& from) {
+  try {
+    return Argument<T>::convert(from);
+  } catch (const ffi::Error& error) {
+    throw ffi::Error(error.kind(), "argument #" + std::to_string(kNumber) + ": " + std::string(error.message()), "");
+  }
+}
+
 template <class... Args>
 auto bind(void (*op)(Stream, Args...)) {
   return [op](typename Argument<Args>::From... from) {
     int gpu = -1;
     (find_gpu(from, &gpu), ...);
     const Stream stream = gpu < 0 ? nullptr : TVMFFIEnvGetStream(kDLCUDA, gpu);
-    raising([&] { op(stream, Argument<Args>::convert(from)...); });
+    raising([&] {
+      [&]<size_t... kNumbers>(std::index_sequence<kNumbers...>) { op(stream, converted<Args, kNumbers>(from)...); }
+      (std::index_sequence_for<Args...>{});
+    });
   };
 }
 

@@ -233,6 +233,8 @@ def block_and_tile(config: Any, tokens: int, experts: int, hidden: int, inner: i
         return _fields_of(choose(tokens, experts, hidden, inner, dtype)[0], dtype)[0], -1
     if isinstance(config, int):
         return config, -1
+    if not isinstance(config, CuteMoeConfig):
+        raise TypeError(f"CuteMoeConfig: config must be one, a block size or None, got {type(config).__name__}")
     if config.dtype != dtype:
         raise ValueError(f"CuteMoeConfig: dtype must be {dtype}, as the operands, got {config.dtype}")
     sizes = (config.block_m, config.block_n, config.block_k, config.num_warps, config.num_stages)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -22,6 +23,8 @@ _SCALARS = frozenset({int, float, bool, str, type(None)})
 _direct = _SCALARS  # types that go straight through: with tvm_ffi.Tensor, from the first call on
 _torch_types: frozenset[type] = frozenset()  # so do these; filled on the first call, which imports torch if it can
 _ops: dict[str, Op] = {}
+# Types as the binding names them.
+_WORDS = {"DLTensor*": "an array", "bool": "a bool", "int": "an integer", "float": "a number", "str": "a string"}
 
 
 class Op:
@@ -51,7 +54,10 @@ class Op:
             elif kind not in _direct:
                 break
         else:
-            function(*args)
+            try:
+                function(*args)
+            except TypeError as error:
+                raise self._named(error, args) from None
             return
         self._call_converted(function, args)
 
@@ -69,11 +75,26 @@ class Op:
             for name, arg in zip(self._arguments, args, strict=True)
         ]
         on_gpu = [tensor for arg, tensor in zip(args, converted, strict=True) if _is_jax_on_gpu(arg)]
-        if on_gpu:
-            _jax.call(lambda: function(*converted), args, on_gpu[0])
-            return
-        with _stream_of(args):
-            function(*converted)
+        try:
+            if on_gpu:
+                _jax.call(lambda: function(*converted), args, on_gpu[0])
+                return
+            with _stream_of(args):
+                function(*converted)
+        except TypeError as error:
+            raise self._named(error, args) from None
+
+    def _named(self, error: TypeError, args: Sequence[Any]) -> TypeError:
+        """What the binding says of an argument by its number ("Mismatched type on argument #3 when calling ...
+        Expected `float` but got `None`"), as this package says it. Other errors as they are."""
+        found = re.search(r"argument #(\d+)\b.*?(?:Expected `(.+?)` but got|to `(.+?)`)", str(error), re.DOTALL)
+        if not found:
+            return error
+        given, kind = args[int(found[1])], found[2] or found[3]
+        inner = kind.removeprefix("Optional<").removesuffix(">")
+        expected = _WORDS.get(inner, inner) + (" or None" if inner != kind else "")
+        got = "None" if given is None else type(given).__name__
+        return TypeError(f"{self.name}: {self._arguments[int(found[1])]} must be {expected}, got {got}")
 
     def operator_types(self) -> str:
         """Of the operator that stands for this op in a graph; made now if it was not."""
