@@ -313,13 +313,14 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
     const Gather<Tile> gather(a, lane, item.batch, rows.head);
     if (a.has(a.kWindow)) {  // without a window, the first pages do not wait for the length
       token = (warp * item.splits + item.split) * kTokens +
-              visible(a, length_of(a, item.batch), prefix_of(a, item.batch), rows.query(a, 0)).first;
+              visible(a, length_of(a, stored_length(a, item.batch)), prefix_of(a, item.batch), rows.query(a, 0)).first;
       entries[0] = gather.entry(token);
       entries[1] = gather.entry(token + stride);
     }
     const uint32_t first_page = gather.page_on_trial(entries[0]);
     page = gather.page_on_trial(entries[1]);
-    length = length_of(a, item.batch);
+    const int stored = stored_length(a, item.batch);
+    length = length_of(a, stored);
     prefix = prefix_of(a, item.batch);
     end = visible(a, length, prefix, Tile::kRows ? rows.query(a, Tile::kMostRows) : 0).last;
     here = gather.places(token, first_page, end);
@@ -331,20 +332,22 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
       // Another plan, perhaps, or another first key.
       if (on_trial && (a.has(a.kWindow) || (kMerge == Merge::kGrid && a.splits_vary()))) continue;
     }
+    // What the keys are used with is asked for before them where it may be: the loads of an SM come one after another.
+    uint32_t pages_again[2] = {first_page, page};
+    int stored_again = stored, prefix_again = prefix;
+    if (on_trial) {
+      load_q<Tile>(q, q_row, t, a.head_size);
+      pages_again[0] = gather.page_on_trial(entries[0]);
+      pages_again[1] = gather.page_on_trial(entries[1]);
+      stored_again = stored_length(a, item.batch);
+      prefix_again = prefix_of(a, item.batch);
+    }
     gather.load_k(step, here);
     gather.load_v(step, here);
     if (!waited) wait();
-    uint32_t pages_again[2] = {first_page, page};
-    int length_again = length, prefix_again = prefix;
-    if (on_trial) {
-      pages_again[0] = gather.page_on_trial(entries[0]);
-      pages_again[1] = gather.page_on_trial(entries[1]);
-      length_again = length_of(a, item.batch);
-      prefix_again = prefix_of(a, item.batch);
-    }
-    load_q<Tile>(q, q_row, t, a.head_size);
+    if (!on_trial) load_q<Tile>(q, q_row, t, a.head_size);
     const bool same =
-        (pages_again[0] == first_page) & (pages_again[1] == page) & (length_again == length) & (prefix_again == prefix);
+        (pages_again[0] == first_page) & (pages_again[1] == page) & (stored_again == stored) & (prefix_again == prefix);
     if (!on_trial || __all_sync(~0u, same)) break;
   }
   if (kMerge == Merge::kGrid && thread == 0) shared_item() = item;  // it would take registers from the loop
