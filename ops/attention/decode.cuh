@@ -30,11 +30,14 @@ struct DecodeTile {
   static constexpr bool kRows = kHeads_ == 0;                             // several rows of one key head
   static constexpr int kHeads = kRows ? 1 : kHeads_;
   static constexpr int kMostRows = kRows ? 8 : kHeads;
+  // Of one row the products' eight columns all are: even and odd ones hold different parts of Q and of P instead.
+  static constexpr bool kOneRow = !kRows && kHeads == 1;
   static constexpr int kBatches = kBatches_;  // of 16 keys, in a warp's step
   static constexpr int kTokens = kBatches * 16 / kHeads;
   static constexpr int kColumns = kRows ? 2 : 1;  // scores of a key that a thread works on
   // P in f16 beside e4m3 is far finer than a result in bf16; 16-bit values deserve P in two parts, as good as fp32.
   static constexpr bool kTwoParts = sizeof(KV) == 2;
+  static constexpr int kQWords = kSize / (kOneRow ? 16 : 8);  // of Q, in a thread
   static constexpr Merge kMerge = kMerge_;
   static constexpr bool kSimple = false;
   static constexpr int kMostThreads = kMostThreads_;
@@ -156,28 +159,39 @@ class Gather {
   uint32_t head_;  // where it begins in a token
 };
 
-// B of S^T: row `row` of q, in the order in which K's pieces lie in the threads.
+// The pieces of a row of q that K's in the same thread meet.
 template <class Tile>
-__device__ __forceinline__ void load_q(uint32_t (&q)[Tile::kSize / 16][2], const typename Tile::Q* row, uint32_t t,
+__device__ __forceinline__ void load_q(uint32_t (&words)[Tile::kSize / 8], const typename Tile::Q* row, uint32_t t,
                                        int head_size) {
-  using Q = typename Tile::Q;
   constexpr int kAhead = sizeof(typename Tile::KV) == 1 ? 16 : 8;  // elements of a 16-byte piece of K
 #pragma unroll
-  for (int c = 0; c < Tile::kSize / (4 * kAhead); ++c) {
+  for (int i = 0; i < Tile::kSize / 32; ++i) {
+    const int at = i * 8 / kAhead * 4 * kAhead + kAhead * static_cast<int>(t) + i * 8 % kAhead;
+    uint4 piece{};
+    if (Tile::kWhole || at < head_size) piece = *reinterpret_cast<const uint4*>(row + at);
+    words[4 * i] = piece.x, words[4 * i + 1] = piece.y, words[4 * i + 2] = piece.z, words[4 * i + 3] = piece.w;
+  }
+}
+
+// B of S^T out of these.
+template <class Tile>
+__device__ __forceinline__ void convert_q(uint32_t (&q)[Tile::kQWords / 2][2], uint32_t (&words)[Tile::kSize / 8],
+                                          bool odd_column) {
+  if constexpr (!std::is_same_v<typename Tile::Q, typename Tile::Operand>) {
 #pragma unroll
-    for (int part = 0; part < kAhead / 8; ++part) {
-      const int at = 4 * kAhead * c + kAhead * static_cast<int>(t) + 8 * part;
-      uint4 words{};
-      if (Tile::kWhole || at < head_size) words = *reinterpret_cast<const uint4*>(row + at);
-      uint32_t in[4] = {words.x, words.y, words.z, words.w};
+    for (uint32_t& word : words) {
+      const float2 pair = to_float2<typename Tile::Q>(word);
+      word = from_float2<typename Tile::Operand>(pair.x, pair.y);
+    }
+  }
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        if constexpr (!std::is_same_v<Q, typename Tile::Operand>) {
-          const float2 pair = to_float2<Q>(in[w]);
-          in[w] = from_float2<typename Tile::Operand>(pair.x, pair.y);
-        }
-        q[(c * (kAhead / 8) + part) * 2 + w / 2][w % 2] = in[w];
-      }
+  for (int i = 0; i < Tile::kQWords; ++i) {
+    if constexpr (Tile::kOneRow) {  // words next to each other in K
+      constexpr int kNext = sizeof(typename Tile::KV) == 1 ? 2 : 1;
+      const int even = i / 2 * 4 + i % 2 * (3 - kNext);
+      q[i / 2][i % 2] = odd_column ? words[even + kNext] : words[even];
+    } else {
+      q[i / 2][i % 2] = words[i];
     }
   }
 }
@@ -185,7 +199,7 @@ __device__ __forceinline__ void load_q(uint32_t (&q)[Tile::kSize / 16][2], const
 // A of S^T from a piece of K, and A of O^T from four rows of V: sums += both 16 columns of a word pair.
 template <class Tile>
 __device__ __forceinline__ void multiply_k(float (&sums)[4], const uint32_t* low, const uint32_t* high,
-                                           const uint32_t (&q)[Tile::kSize / 16][2]) {
+                                           const uint32_t (&q)[Tile::kQWords / 2][2]) {
   using T = typename Tile::Operand;
 #pragma unroll
   for (int w = 0; w < Tile::kKWords; w += sizeof(typename Tile::KV)) {
@@ -199,10 +213,31 @@ __device__ __forceinline__ void multiply_k(float (&sums)[4], const uint32_t* low
     }
   }
 }
+// The same of one row: 8 keys, whose words fill a fragment as they lie. Its rows g and g + 8 hold words next to each
+// other of key g, which meet theirs of Q in the even and in the odd columns.
+template <class Tile>
+__device__ __forceinline__ float multiply_k(const uint32_t (&k)[Tile::kKWords],
+                                            const uint32_t (&q)[Tile::kQWords / 2][2]) {
+  using T = typename Tile::Operand;
+  float sums[4] = {};
+#pragma unroll
+  for (int i = 0; i < Tile::kQWords / 2; ++i) {
+    if constexpr (sizeof(typename Tile::KV) == 1) {
+      uint32_t a[4];
+      widen(k[2 * i], &a[0], &a[2]);
+      widen(k[2 * i + 1], &a[1], &a[3]);
+      mma<T>(sums, a[0], a[1], a[2], a[3], q[i][0], q[i][1]);
+    } else {
+      mma<T>(sums, k[4 * i], k[4 * i + 1], k[4 * i + 2], k[4 * i + 3], q[i][0], q[i][1]);
+    }
+  }
+  return sums[0] + sums[3];
+}
 template <class Tile>
 __device__ __forceinline__ void multiply_v(float (&out)[Tile::kSize / 16][4], const uint32_t (&v)[4][Tile::kVWords],
                                            const uint32_t (&p)[2], const uint32_t (&rest)[2]) {
   using T = typename Tile::Operand;
+  constexpr bool kRest = Tile::kTwoParts && !Tile::kOneRow;
 #pragma unroll
   for (int w = 0; w < Tile::kVWords; ++w) {
     uint32_t a[4];
@@ -213,14 +248,14 @@ __device__ __forceinline__ void multiply_v(float (&out)[Tile::kSize / 16][4], co
         widen(__byte_perm(v[0][w], v[1][w], select), &a[0], &a[1]);
         widen(__byte_perm(v[2][w], v[3][w], select), &a[2], &a[3]);
         mma<T>(out[2 * w + pair], a[0], a[1], a[2], a[3], p[0], p[1]);
-        if constexpr (Tile::kTwoParts) mma<T>(out[2 * w + pair], a[0], a[1], a[2], a[3], rest[0], rest[1]);
+        if constexpr (kRest) mma<T>(out[2 * w + pair], a[0], a[1], a[2], a[3], rest[0], rest[1]);
       }
     } else {
 #pragma unroll
       for (int part = 0; part < 4; ++part)
         a[part] = __byte_perm(v[part / 2 * 2][w], v[part / 2 * 2 + 1][w], part % 2 ? 0x7632 : 0x5410);
       mma<T>(out[w], a[0], a[1], a[2], a[3], p[0], p[1]);
-      if constexpr (Tile::kTwoParts) mma<T>(out[w], a[0], a[1], a[2], a[3], rest[0], rest[1]);
+      if constexpr (kRest) mma<T>(out[w], a[0], a[1], a[2], a[3], rest[0], rest[1]);
     }
   }
 }
@@ -296,7 +331,7 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
   }
   int length, prefix, end;
   Places here{};
-  uint32_t page = 0, q[Tile::kSize / 16][2];
+  uint32_t page = 0, q_words[Tile::kSize / 8];
   Step<Tile> step;
   // What the predecessor may be writing is read before the wait on trial only, to have the keys in L2 by then. After
   // it, they are loaded from where they were found while lengths and pages are read again: if these changed, once more.
@@ -336,7 +371,7 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
     uint32_t pages_again[2] = {first_page, page};
     int stored_again = stored, prefix_again = prefix;
     if (on_trial) {
-      load_q<Tile>(q, q_row, t, a.head_size);
+      load_q<Tile>(q_words, q_row, t, a.head_size);
       pages_again[0] = gather.page_on_trial(entries[0]);
       pages_again[1] = gather.page_on_trial(entries[1]);
       stored_again = stored_length(a, item.batch);
@@ -345,12 +380,14 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
     gather.load_k(step, here);
     gather.load_v(step, here);
     if (!waited) wait();
-    if (!on_trial) load_q<Tile>(q, q_row, t, a.head_size);
+    if (!on_trial) load_q<Tile>(q_words, q_row, t, a.head_size);
     const bool same =
         (pages_again[0] == first_page) & (pages_again[1] == page) & (stored_again == stored) & (prefix_again == prefix);
     if (!on_trial || __all_sync(~0u, same)) break;
   }
   if (kMerge == Merge::kGrid && thread == 0) shared_item() = item;  // it would take registers from the loop
+  uint32_t q[Tile::kQWords / 2][2];
+  convert_q<Tile>(q, q_words, g % 2);
 
   float out[Tile::kSize / 16][4] = {}, top[kColumns], sum[kColumns];
 #pragma unroll
@@ -379,12 +416,14 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
 #pragma unroll
       for (int i = 0; i < kBatches; ++i) {
         float sums[4] = {};
-        multiply_k<Tile>(sums, step.k[i][0], step.k[i][1], q);
+        if constexpr (!Tile::kOneRow) multiply_k<Tile>(sums, step.k[i][0], step.k[i][1], q);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if constexpr (Tile::kRows) {
             scores[i][half][0] = sums[2 * half];
             scores[i][half][kColumns - 1] = sums[2 * half + 1];
+          } else if constexpr (Tile::kOneRow) {
+            scores[i][half][0] = multiply_k<Tile>(step.k[i][half], q);
           } else {
             scores[i][half][0] = odd ? sums[2 * half + 1] : sums[2 * half];
           }
@@ -470,12 +509,15 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
             weights[1] = odd ? weight : 0.0f;
           }
           using T = typename Tile::Operand;
-          const uint32_t rounded = from_float2<T>(weights[0], weights[1]);
-          p[half] = transpose_8x8(rounded);
+          uint32_t rounded = from_float2<T>(weights[0], weights[1]);
           if constexpr (Tile::kTwoParts) {
             const float2 back = to_float2<T>(rounded);
-            rest[half] = transpose_8x8(from_float2<T>(weights[0] - back.x, weights[1] - back.y));
+            if constexpr (Tile::kOneRow)
+              rounded = from_float2<T>(weights[0], weights[0] - back.x);
+            else
+              rest[half] = transpose_8x8(from_float2<T>(weights[0] - back.x, weights[1] - back.y));
           }
+          p[half] = transpose_8x8(rounded);
         }
         multiply_v<Tile>(out, step.v[i], p, rest);
       }
@@ -490,6 +532,9 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
       sum[u] += shuffle_xor(sum[u], 16);
     }
   }
+  if constexpr (Tile::kOneRow && Tile::kTwoParts)
+#pragma unroll
+    for (auto& o : out) o[0] += o[1], o[2] += o[3];
   merge_block<Tile>(a, out, top, sum);
 }
 
