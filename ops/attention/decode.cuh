@@ -34,7 +34,8 @@ struct DecodeTile {
   static constexpr bool kOneRow = !kRows && kHeads == 1;
   static constexpr int kBatches = kBatches_;  // of 16 keys, in a warp's step
   static constexpr int kTokens = kBatches * 16 / kHeads;
-  static constexpr int kColumns = kRows ? 2 : 1;  // scores of a key that a thread works on
+  static constexpr int kGroups = (kTokens + kWarp - 1) / kWarp;  // of tokens, of each of which a lane knows one
+  static constexpr int kColumns = kRows ? 2 : 1;                 // scores of a key that a thread works on
   // P in f16 beside e4m3 is far finer than a result in bf16; 16-bit values deserve P in two parts, as good as fp32.
   static constexpr bool kTwoParts = sizeof(KV) == 2;
   static constexpr int kQWords = kSize / (kOneRow ? 16 : 8);  // of Q, in a thread
@@ -44,7 +45,7 @@ struct DecodeTile {
   static constexpr int kRowBytes = kSize * static_cast<int>(sizeof(KV));
   static constexpr int kKWords = kRowBytes / 16, kVWords = kRowBytes / 32;  // of a row, in a thread
   static constexpr int kPiece = sizeof(KV) == 1 && kSize > 64 ? 16 : 8;     // adjacent elements of V in a thread
-  static_assert(kTokens <= kWarp && kRowBytes % 64 == 0);
+  static_assert((kGroups == 1 || kHeads == 1) && kRowBytes % 64 == 0);
 };
 
 // The tile for one query that sees all keys, in one tile of rows, without sink, softcap or lse: a third less code,
@@ -62,11 +63,12 @@ struct Step {
   uint32_t k[Tile::kBatches][2][Tile::kKWords] = {}, v[Tile::kBatches][4][Tile::kVWords] = {};
 };
 
-// Where the cache holds the tokens of a step, in units of 16 bytes: each lane knows that of one. Tokens that do not
-// exist, or whose page does not, stand where another of the step stands; `seen` says which those are.
+// Where the cache holds the tokens of a step, in units of 16 bytes: each lane knows that of one in each group. Tokens
+// that do not exist, or whose page does not, stand where another of the group stands; `seen` says which the others are.
+template <class Tile>
 struct Places {
-  uint32_t row;
-  unsigned seen;
+  uint32_t row[Tile::kGroups];
+  unsigned seen[Tile::kGroups];
 };
 
 template <class Tile>
@@ -75,41 +77,58 @@ class Gather {
   __device__ __forceinline__ Gather(const DecodeArgs& a, uint32_t lane, int batch, int head)
       : a_(a), lane_(lane), row_(a.table ? batch * a.table_stride : batch), head_(head * a.head) {}
 
-  // Where the page table tells the page of the lane's token; past the end, that of the last.
-  __device__ __forceinline__ uint32_t entry(int token) const {
-    uint32_t entry, slot;
-    a_.by_page_size(min(token + static_cast<int>(lane_), a_.k_len - 1), &entry, &slot);
-    return row_ + entry;
+  // Where the page table tells the pages of the lane's tokens; past the end, that of the last.
+  __device__ __forceinline__ void entries(int token, uint32_t (&at)[Tile::kGroups]) const {
+#pragma unroll
+    for (int i = 0; i < Tile::kGroups; ++i) {
+      uint32_t entry, slot;
+      a_.by_page_size(min(token + i * kWarp + static_cast<int>(lane_), a_.k_len - 1), &entry, &slot);
+      at[i] = row_ + entry;
+    }
   }
   // Before the wait past the first level cache, where it would be found again after it.
-  __device__ __forceinline__ uint32_t page_on_trial(uint32_t entry) const {
-    return a_.table ? __ldcg(a_.table + entry) : row_;
+  __device__ __forceinline__ void pages_on_trial(const uint32_t (&at)[Tile::kGroups],
+                                                 uint32_t (&pages)[Tile::kGroups]) const {
+#pragma unroll
+    for (int i = 0; i < Tile::kGroups; ++i) pages[i] = a_.table ? __ldcg(a_.table + at[i]) : row_;
   }
-  __device__ __forceinline__ uint32_t page(int token) const { return a_.table ? a_.table[entry(token)] : row_; }
-  __device__ __forceinline__ Places places(int token, uint32_t page, int end) const {
-    const int mine = token + static_cast<int>(lane_);
-    uint32_t entry, slot;
-    a_.by_page_size(mine, &entry, &slot);
-    const bool is = (Tile::kTokens == kWarp || lane_ < Tile::kTokens) && mine < end && page < uint32_t(a_.pages);
-    const unsigned seen = __ballot_sync(~0u, is);
-    const int source = is ? lane_ : 31 - __clz(static_cast<int>(seen));
-    return {__shfl_sync(~0u, page * a_.page + slot * a_.token, source), seen};
+  __device__ __forceinline__ void pages(int token, uint32_t (&pages)[Tile::kGroups]) const {
+    uint32_t at[Tile::kGroups];
+    entries(token, at);
+#pragma unroll
+    for (int i = 0; i < Tile::kGroups; ++i) pages[i] = a_.table ? a_.table[at[i]] : row_;
   }
-  __device__ __forceinline__ void load_k(Step<Tile>& step, const Places& places) const {
+  __device__ __forceinline__ Places<Tile> places(int token, const uint32_t (&pages)[Tile::kGroups], int end) const {
+    Places<Tile> places;
+#pragma unroll
+    for (int i = 0; i < Tile::kGroups; ++i) {
+      const int mine = token + i * kWarp + static_cast<int>(lane_);
+      uint32_t entry, slot;
+      a_.by_page_size(mine, &entry, &slot);
+      const bool is =
+          (Tile::kTokens % kWarp == 0 || lane_ < Tile::kTokens) && mine < end && pages[i] < uint32_t(a_.pages);
+      places.seen[i] = __ballot_sync(~0u, is);
+      const int source = is ? lane_ : 31 - __clz(static_cast<int>(places.seen[i]));
+      places.row[i] = __shfl_sync(~0u, pages[i] * a_.page + slot * a_.token, source);
+    }
+    return places;
+  }
+  __device__ __forceinline__ void load_k(Step<Tile>& step, const Places<Tile>& places) const {
     const uint32_t g = lane_ / 4, t = lane_ % 4;
     const uint32_t mine = head_ + g % Tile::kHeads * a_.head + t;
 #pragma unroll
     for (int i = 0; i < Tile::kBatches; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t at = __shfl_sync(~0u, places.row, (i * 16 + half * 8 + g) / Tile::kHeads) + mine;
+        const int key = i * 16 + half * 8, group = key / Tile::kHeads / kWarp;
+        const uint32_t at = __shfl_sync(~0u, places.row[group], (key + g) / Tile::kHeads) + mine;
         const char* row = a_.k + uint64_t{at} * 16;
 #pragma unroll
         for (int w = 0; w < Tile::kKWords; w += 4)
-          load_in_place<4>(&step.k[i][half][w], row + inside(16 * w, 16 * static_cast<int>(t)), places.seen);
+          load_in_place<4>(&step.k[i][half][w], row + inside(16 * w, 16 * static_cast<int>(t)), places.seen[group]);
       }
   }
-  __device__ __forceinline__ void load_v(Step<Tile>& step, const Places& places) const {
+  __device__ __forceinline__ void load_v(Step<Tile>& step, const Places<Tile>& places) const {
     constexpr int kWords = Tile::kVWords < 4 ? Tile::kVWords : 4, kBytes = 4 * kWords;
     const uint32_t g = lane_ / 4, t = lane_ % 4;
     const uint32_t mine = head_ + 2 * t % Tile::kHeads * a_.head + g * kBytes / 16;
@@ -118,31 +137,36 @@ class Gather {
     for (int i = 0; i < Tile::kBatches; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t key = i * 16 + half * 8 + 2 * t, place = __shfl_sync(~0u, places.row, key / Tile::kHeads);
+        const int first = i * 16 + half * 8, group = first / Tile::kHeads / kWarp;
+        const uint32_t key = first + 2 * t, place = __shfl_sync(~0u, places.row[group], key / Tile::kHeads);
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
           uint32_t at = place + mine;
-          if (odd) at = Tile::kHeads > 1 ? at + a_.head : __shfl_sync(~0u, places.row, key + 1) + mine;
+          if (odd) at = Tile::kHeads > 1 ? at + a_.head : __shfl_sync(~0u, places.row[group], key + 1) + mine;
           const char* row = base + uint64_t{at} * 16;
 #pragma unroll
           for (int w = 0; w < Tile::kVWords; w += kWords)
             load_in_place<kWords>(&step.v[i][2 * half + odd][w],
-                                  row + inside(8 * kBytes * (w / kWords), kBytes * static_cast<int>(g)), places.seen);
+                                  row + inside(8 * kBytes * (w / kWords), kBytes * static_cast<int>(g)),
+                                  places.seen[group]);
         }
       }
   }
-  __device__ __forceinline__ void prefetch_step(const Places& places) const {
-    if (lane_ >= Tile::kTokens || !places.seen) return;
+  __device__ __forceinline__ void prefetch_step(const Places<Tile>& places) const {
     constexpr int kLine = 128;
     const int bytes = a_.head_size * static_cast<int>(sizeof(typename Tile::KV));
+#pragma unroll
+    for (int i = 0; i < Tile::kGroups; ++i) {
+      if (lane_ >= Tile::kTokens || !places.seen[i]) continue;
 #pragma unroll 1
-    for (int head = 0; head < Tile::kHeads; ++head)
+      for (int head = 0; head < Tile::kHeads; ++head)
 #pragma unroll 1
-      for (int byte = 0; byte < bytes; byte += kLine) {
-        const int64_t at = uint64_t{places.row + head_ + head * a_.head} * 16 + byte;
-        prefetch(a_.k + at);
-        prefetch(a_.v + at);
-      }
+        for (int byte = 0; byte < bytes; byte += kLine) {
+          const int64_t at = uint64_t{places.row[i] + head_ + head * a_.head} * 16 + byte;
+          prefetch(a_.k + at);
+          prefetch(a_.v + at);
+        }
+    }
   }
 
  private:
@@ -310,7 +334,7 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
   Rows<Tile> rows{};
   const typename Tile::Q* q_row = nullptr;
   int stride = 0, token = 0;
-  uint32_t entries[2] = {};
+  uint32_t entries[2][Tile::kGroups] = {};
   const auto prepare = [&] {
     rows = Rows<Tile>(a, item.group);
     uint32_t query, head;
@@ -320,8 +344,8 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
     stride = warp_keys * item.splits;
     token = (warp * item.splits + item.split) * kTokens;
     const Gather<Tile> gather(a, lane, item.batch, rows.head);
-    entries[0] = gather.entry(token);
-    entries[1] = gather.entry(token + stride);
+    gather.entries(token, entries[0]);
+    gather.entries(token + stride, entries[1]);
     compute_now(q_row);
     if (Tile::kWhole || t * (Tile::kSize / 4) < a.head_size) prefetch(q_row + t * (Tile::kSize / 4));
   };
@@ -330,8 +354,8 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
     prepare();
   }
   int length, prefix, end;
-  Places here{};
-  uint32_t page = 0, q_words[Tile::kSize / 8];
+  Places<Tile> here{};
+  uint32_t pages[2][Tile::kGroups], q_words[Tile::kSize / 8];
   Step<Tile> step;
   // What the predecessor may be writing is read before the wait on trial only, to have the keys in L2 by then. After
   // it, they are loaded from where they were found while lengths and pages are read again: if these changed, once more.
@@ -349,16 +373,16 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
     if (a.has(a.kWindow)) {  // without a window, the first pages do not wait for the length
       token = (warp * item.splits + item.split) * kTokens +
               visible(a, length_of(a, stored_length(a, item.batch)), prefix_of(a, item.batch), rows.query(a, 0)).first;
-      entries[0] = gather.entry(token);
-      entries[1] = gather.entry(token + stride);
+      gather.entries(token, entries[0]);
+      gather.entries(token + stride, entries[1]);
     }
-    const uint32_t first_page = gather.page_on_trial(entries[0]);
-    page = gather.page_on_trial(entries[1]);
+    gather.pages_on_trial(entries[0], pages[0]);
+    gather.pages_on_trial(entries[1], pages[1]);
     const int stored = stored_length(a, item.batch);
     length = length_of(a, stored);
     prefix = prefix_of(a, item.batch);
     end = visible(a, length, prefix, Tile::kRows ? rows.query(a, Tile::kMostRows) : 0).last;
-    here = gather.places(token, first_page, end);
+    here = gather.places(token, pages[0], end);
     bool on_trial = false;
     if (!waited && (a.fresh < 0 || (token < end && token + kTokens > length - a.fresh))) {
       gather.prefetch_step(here);
@@ -368,22 +392,27 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
       if (on_trial && (a.has(a.kWindow) || (kMerge == Merge::kGrid && a.splits_vary()))) continue;
     }
     // What the keys are used with is asked for before them where it may be: the loads of an SM come one after another.
-    uint32_t pages_again[2] = {first_page, page};
+    uint32_t pages_again[2][Tile::kGroups];
     int stored_again = stored, prefix_again = prefix;
     if (on_trial) {
       load_q<Tile>(q_words, q_row, t, a.head_size);
-      pages_again[0] = gather.page_on_trial(entries[0]);
-      pages_again[1] = gather.page_on_trial(entries[1]);
+      gather.pages_on_trial(entries[0], pages_again[0]);
+      gather.pages_on_trial(entries[1], pages_again[1]);
       stored_again = stored_length(a, item.batch);
       prefix_again = prefix_of(a, item.batch);
     }
     gather.load_k(step, here);
     gather.load_v(step, here);
     if (!waited) wait();
-    if (!on_trial) load_q<Tile>(q_words, q_row, t, a.head_size);
-    const bool same =
-        (pages_again[0] == first_page) & (pages_again[1] == page) & (stored_again == stored) & (prefix_again == prefix);
-    if (!on_trial || __all_sync(~0u, same)) break;
+    if (!on_trial) {
+      load_q<Tile>(q_words, q_row, t, a.head_size);
+      break;
+    }
+    bool same = (stored_again == stored) & (prefix_again == prefix);
+#pragma unroll
+    for (int i = 0; i < Tile::kGroups; ++i)
+      same &= (pages_again[0][i] == pages[0][i]) & (pages_again[1][i] == pages[1][i]);
+    if (__all_sync(~0u, same)) break;
   }
   if (kMerge == Merge::kGrid && thread == 0) shared_item() = item;  // it would take registers from the loop
   uint32_t q[Tile::kQWords / 2][2];
@@ -409,8 +438,8 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
     do {
       const int next = token + stride;
       more = next < end;
-      const Places next_places = gather.places(next, page, end);
-      page = gather.page(next + stride);
+      const Places<Tile> next_places = gather.places(next, pages[1], end);
+      gather.pages(next + stride, pages[1]);
 
       float scores[kBatches][2][kColumns];
 #pragma unroll
@@ -446,15 +475,18 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
 #pragma unroll
             for (float& score : of_key) score = cap(score, a.softcap) * 1.44269504f;
       }
-      const unsigned bits = mine ? here.seen >> g / Tile::kHeads : 0;
+      unsigned bits[Tile::kGroups];
+#pragma unroll
+      for (int i = 0; i < Tile::kGroups; ++i) bits[i] = mine ? here.seen[i] >> g / Tile::kHeads : 0;
 #pragma unroll
       for (int i = 0; i < kBatches; ++i)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          if (!(bits >> (i * 16 + half * 8) / Tile::kHeads & 1)) {
+        for (int half = 0; half < 2; ++half) {
+          const int first = (i * 16 + half * 8) / Tile::kHeads;
+          if (bits[first / kWarp] >> first % kWarp & 1) continue;
 #pragma unroll
-            for (float& score : scores[i][half]) score = -kInfinity;
-          }
+          for (float& score : scores[i][half]) score = -kInfinity;
+        }
       if (Tile::kRows && a.q_len > 1) {
 #pragma unroll
         for (int i = 0; i < kBatches; ++i)
@@ -522,7 +554,8 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
         multiply_v<Tile>(out, step.v[i], p, rest);
       }
       gather.load_v(step, next_places);
-      here.seen = next_places.seen;
+#pragma unroll
+      for (int i = 0; i < Tile::kGroups; ++i) here.seen[i] = next_places.seen[i];
       token = next;
     } while (more);
 #pragma unroll
