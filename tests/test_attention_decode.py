@@ -53,13 +53,25 @@ def test_sizes(backend: Backend, batch: int, heads: tuple[int, int], width: int,
     Case(lengths, heads, width, "bfloat16", kv_dtype, page_size=1, options={"causal": True}).check(backend)
 
 
-@pytest.mark.parametrize(("keys", "blocks"), [(300, 5), (430, 7), (740, 6)])
+@pytest.mark.parametrize(("heads", "keys", "blocks"), [(32, 740, 2), (13, 640, 5), (11, 740, 6), (9, 896, 7)])
 @pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn"])
-def test_clusters(backend: Backend, kv_dtype: str | None, keys: int, blocks: int) -> None:
+def test_clusters(backend: Backend, kv_dtype: str | None, heads: int, keys: int, blocks: int) -> None:
     """Of as many blocks as have keys, whose shares of a row differ then."""
-    plan = attention_plan(H200_SMS, 1, 1, keys, 32, 32, 64, e4m3=kv_dtype is not None, page_size=1, causal=True)
+    plan = attention_plan(H200_SMS, 1, 1, keys, heads, heads, 64, e4m3=kv_dtype is not None, page_size=1, causal=True)
     assert plan["cluster"] == blocks
-    Case([(1, keys)], (32, 32), 64, "bfloat16", kv_dtype, page_size=1, options={"causal": True}).check(backend)
+    Case([(1, keys)], (heads, heads), 64, "bfloat16", kv_dtype, page_size=1, options={"causal": True}).check(backend)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_steps_of_two_tokens_a_lane(backend: Backend, page_size: int) -> None:
+    """Whose second half may have no key at all, or pages in other places."""
+    lengths = [256, 200, 33, 32, 31, 1, 0, 64, 65, 129, 97, 96, 160, 191, 193, 255]
+    plan = attention_plan(H200_SMS, 16, 1, 256, 32, 8, 128, e4m3=True, page_size=page_size, causal=True)
+    assert plan["batches"] == 4
+    requests = [(1, keys) for keys in lengths]
+    Case(requests, (32, 8), 128, "bfloat16", "float8_e4m3fn", page_size=page_size, options={"causal": True}).check(
+        backend
+    )
 
 
 class Cache:

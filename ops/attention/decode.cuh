@@ -30,18 +30,22 @@ struct DecodeTile {
   static constexpr bool kRows = kHeads_ == 0;                             // several rows of one key head
   static constexpr int kHeads = kRows ? 1 : kHeads_;
   static constexpr int kMostRows = kRows ? 8 : kHeads;
+  // Of one row the products' eight columns all are: even and odd ones hold different parts of Q and of P instead.
+  static constexpr bool kOneRow = !kRows && kHeads == 1;
   static constexpr int kBatches = kBatches_;  // of 16 keys, in a warp's step
   static constexpr int kTokens = kBatches * 16 / kHeads;
-  static constexpr int kColumns = kRows ? 2 : 1;  // scores of a key that a thread works on
+  static constexpr int kGroups = (kTokens + kWarp - 1) / kWarp;  // of tokens, of each of which a lane knows one
+  static constexpr int kColumns = kRows ? 2 : 1;                 // scores of a key that a thread works on
   // P in f16 beside e4m3 is far finer than a result in bf16; 16-bit values deserve P in two parts, as good as fp32.
   static constexpr bool kTwoParts = sizeof(KV) == 2;
+  static constexpr int kQWords = kSize / (kOneRow ? 16 : 8);  // of Q, in a thread
   static constexpr Merge kMerge = kMerge_;
   static constexpr bool kSimple = false;
   static constexpr int kMostThreads = kMostThreads_;
   static constexpr int kRowBytes = kSize * static_cast<int>(sizeof(KV));
   static constexpr int kKWords = kRowBytes / 16, kVWords = kRowBytes / 32;  // of a row, in a thread
   static constexpr int kPiece = sizeof(KV) == 1 && kSize > 64 ? 16 : 8;     // adjacent elements of V in a thread
-  static_assert(kTokens <= kWarp && kRowBytes % 64 == 0);
+  static_assert((kGroups == 1 || kHeads == 1) && kRowBytes % 64 == 0);
 };
 
 // The tile for one query that sees all keys, in one tile of rows, without sink, softcap or lse: a third less code,
@@ -59,11 +63,12 @@ struct Step {
   uint32_t k[Tile::kBatches][2][Tile::kKWords] = {}, v[Tile::kBatches][4][Tile::kVWords] = {};
 };
 
-// Where the cache holds the tokens of a step, in units of 16 bytes: each lane knows that of one. Tokens that do not
-// exist, or whose page does not, stand where another of the step stands; `seen` says which those are.
+// Where the cache holds the tokens of a step, in units of 16 bytes: each lane knows that of one in each group. Tokens
+// that do not exist, or whose page does not, stand where another of the group stands; `seen` says which the others are.
+template <class Tile>
 struct Places {
-  uint32_t row;
-  unsigned seen;
+  uint32_t row[Tile::kGroups];
+  unsigned seen[Tile::kGroups];
 };
 
 template <class Tile>
@@ -72,41 +77,58 @@ class Gather {
   __device__ __forceinline__ Gather(const DecodeArgs& a, uint32_t lane, int batch, int head)
       : a_(a), lane_(lane), row_(a.table ? batch * a.table_stride : batch), head_(head * a.head) {}
 
-  // Where the page table tells the page of the lane's token; past the end, that of the last.
-  __device__ __forceinline__ uint32_t entry(int token) const {
-    uint32_t entry, slot;
-    a_.by_page_size(min(token + static_cast<int>(lane_), a_.k_len - 1), &entry, &slot);
-    return row_ + entry;
+  // Where the page table tells the pages of the lane's tokens; past the end, that of the last.
+  __device__ __forceinline__ void entries(int token, uint32_t (&at)[Tile::kGroups]) const {
+#pragma unroll
+    for (int i = 0; i < Tile::kGroups; ++i) {
+      uint32_t entry, slot;
+      a_.by_page_size(min(token + i * kWarp + static_cast<int>(lane_), a_.k_len - 1), &entry, &slot);
+      at[i] = row_ + entry;
+    }
   }
   // Before the wait past the first level cache, where it would be found again after it.
-  __device__ __forceinline__ uint32_t page_on_trial(uint32_t entry) const {
-    return a_.table ? __ldcg(a_.table + entry) : row_;
+  __device__ __forceinline__ void pages_on_trial(const uint32_t (&at)[Tile::kGroups],
+                                                 uint32_t (&pages)[Tile::kGroups]) const {
+#pragma unroll
+    for (int i = 0; i < Tile::kGroups; ++i) pages[i] = a_.table ? __ldcg(a_.table + at[i]) : row_;
   }
-  __device__ __forceinline__ uint32_t page(int token) const { return a_.table ? a_.table[entry(token)] : row_; }
-  __device__ __forceinline__ Places places(int token, uint32_t page, int end) const {
-    const int mine = token + static_cast<int>(lane_);
-    uint32_t entry, slot;
-    a_.by_page_size(mine, &entry, &slot);
-    const bool is = (Tile::kTokens == kWarp || lane_ < Tile::kTokens) && mine < end && page < uint32_t(a_.pages);
-    const unsigned seen = __ballot_sync(~0u, is);
-    const int source = is ? lane_ : 31 - __clz(static_cast<int>(seen));
-    return {__shfl_sync(~0u, page * a_.page + slot * a_.token, source), seen};
+  __device__ __forceinline__ void pages(int token, uint32_t (&pages)[Tile::kGroups]) const {
+    uint32_t at[Tile::kGroups];
+    entries(token, at);
+#pragma unroll
+    for (int i = 0; i < Tile::kGroups; ++i) pages[i] = a_.table ? a_.table[at[i]] : row_;
   }
-  __device__ __forceinline__ void load_k(Step<Tile>& step, const Places& places) const {
+  __device__ __forceinline__ Places<Tile> places(int token, const uint32_t (&pages)[Tile::kGroups], int end) const {
+    Places<Tile> places;
+#pragma unroll
+    for (int i = 0; i < Tile::kGroups; ++i) {
+      const int mine = token + i * kWarp + static_cast<int>(lane_);
+      uint32_t entry, slot;
+      a_.by_page_size(mine, &entry, &slot);
+      const bool is =
+          (Tile::kTokens % kWarp == 0 || lane_ < Tile::kTokens) && mine < end && pages[i] < uint32_t(a_.pages);
+      places.seen[i] = __ballot_sync(~0u, is);
+      const int source = is ? lane_ : 31 - __clz(static_cast<int>(places.seen[i]));
+      places.row[i] = __shfl_sync(~0u, pages[i] * a_.page + slot * a_.token, source);
+    }
+    return places;
+  }
+  __device__ __forceinline__ void load_k(Step<Tile>& step, const Places<Tile>& places) const {
     const uint32_t g = lane_ / 4, t = lane_ % 4;
     const uint32_t mine = head_ + g % Tile::kHeads * a_.head + t;
 #pragma unroll
     for (int i = 0; i < Tile::kBatches; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t at = __shfl_sync(~0u, places.row, (i * 16 + half * 8 + g) / Tile::kHeads) + mine;
+        const int key = i * 16 + half * 8, group = key / Tile::kHeads / kWarp;
+        const uint32_t at = __shfl_sync(~0u, places.row[group], (key + g) / Tile::kHeads) + mine;
         const char* row = a_.k + uint64_t{at} * 16;
 #pragma unroll
         for (int w = 0; w < Tile::kKWords; w += 4)
-          load_in_place<4>(&step.k[i][half][w], row + inside(16 * w, 16 * static_cast<int>(t)), places.seen);
+          load_in_place<4>(&step.k[i][half][w], row + inside(16 * w, 16 * static_cast<int>(t)), places.seen[group]);
       }
   }
-  __device__ __forceinline__ void load_v(Step<Tile>& step, const Places& places) const {
+  __device__ __forceinline__ void load_v(Step<Tile>& step, const Places<Tile>& places) const {
     constexpr int kWords = Tile::kVWords < 4 ? Tile::kVWords : 4, kBytes = 4 * kWords;
     const uint32_t g = lane_ / 4, t = lane_ % 4;
     const uint32_t mine = head_ + 2 * t % Tile::kHeads * a_.head + g * kBytes / 16;
@@ -115,31 +137,36 @@ class Gather {
     for (int i = 0; i < Tile::kBatches; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t key = i * 16 + half * 8 + 2 * t, place = __shfl_sync(~0u, places.row, key / Tile::kHeads);
+        const int first = i * 16 + half * 8, group = first / Tile::kHeads / kWarp;
+        const uint32_t key = first + 2 * t, place = __shfl_sync(~0u, places.row[group], key / Tile::kHeads);
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
           uint32_t at = place + mine;
-          if (odd) at = Tile::kHeads > 1 ? at + a_.head : __shfl_sync(~0u, places.row, key + 1) + mine;
+          if (odd) at = Tile::kHeads > 1 ? at + a_.head : __shfl_sync(~0u, places.row[group], key + 1) + mine;
           const char* row = base + uint64_t{at} * 16;
 #pragma unroll
           for (int w = 0; w < Tile::kVWords; w += kWords)
             load_in_place<kWords>(&step.v[i][2 * half + odd][w],
-                                  row + inside(8 * kBytes * (w / kWords), kBytes * static_cast<int>(g)), places.seen);
+                                  row + inside(8 * kBytes * (w / kWords), kBytes * static_cast<int>(g)),
+                                  places.seen[group]);
         }
       }
   }
-  __device__ __forceinline__ void prefetch_step(const Places& places) const {
-    if (lane_ >= Tile::kTokens || !places.seen) return;
+  __device__ __forceinline__ void prefetch_step(const Places<Tile>& places) const {
     constexpr int kLine = 128;
     const int bytes = a_.head_size * static_cast<int>(sizeof(typename Tile::KV));
+#pragma unroll
+    for (int i = 0; i < Tile::kGroups; ++i) {
+      if (lane_ >= Tile::kTokens || !places.seen[i]) continue;
 #pragma unroll 1
-    for (int head = 0; head < Tile::kHeads; ++head)
+      for (int head = 0; head < Tile::kHeads; ++head)
 #pragma unroll 1
-      for (int byte = 0; byte < bytes; byte += kLine) {
-        const int64_t at = uint64_t{places.row + head_ + head * a_.head} * 16 + byte;
-        prefetch(a_.k + at);
-        prefetch(a_.v + at);
-      }
+        for (int byte = 0; byte < bytes; byte += kLine) {
+          const int64_t at = uint64_t{places.row[i] + head_ + head * a_.head} * 16 + byte;
+          prefetch(a_.k + at);
+          prefetch(a_.v + at);
+        }
+    }
   }
 
  private:
@@ -156,28 +183,39 @@ class Gather {
   uint32_t head_;  // where it begins in a token
 };
 
-// B of S^T: row `row` of q, in the order in which K's pieces lie in the threads.
+// The pieces of a row of q that K's in the same thread meet.
 template <class Tile>
-__device__ __forceinline__ void load_q(uint32_t (&q)[Tile::kSize / 16][2], const typename Tile::Q* row, uint32_t t,
+__device__ __forceinline__ void load_q(uint32_t (&words)[Tile::kSize / 8], const typename Tile::Q* row, uint32_t t,
                                        int head_size) {
-  using Q = typename Tile::Q;
   constexpr int kAhead = sizeof(typename Tile::KV) == 1 ? 16 : 8;  // elements of a 16-byte piece of K
 #pragma unroll
-  for (int c = 0; c < Tile::kSize / (4 * kAhead); ++c) {
+  for (int i = 0; i < Tile::kSize / 32; ++i) {
+    const int at = i * 8 / kAhead * 4 * kAhead + kAhead * static_cast<int>(t) + i * 8 % kAhead;
+    uint4 piece{};
+    if (Tile::kWhole || at < head_size) piece = *reinterpret_cast<const uint4*>(row + at);
+    words[4 * i] = piece.x, words[4 * i + 1] = piece.y, words[4 * i + 2] = piece.z, words[4 * i + 3] = piece.w;
+  }
+}
+
+// B of S^T out of these.
+template <class Tile>
+__device__ __forceinline__ void convert_q(uint32_t (&q)[Tile::kQWords / 2][2], uint32_t (&words)[Tile::kSize / 8],
+                                          bool odd_column) {
+  if constexpr (!std::is_same_v<typename Tile::Q, typename Tile::Operand>) {
 #pragma unroll
-    for (int part = 0; part < kAhead / 8; ++part) {
-      const int at = 4 * kAhead * c + kAhead * static_cast<int>(t) + 8 * part;
-      uint4 words{};
-      if (Tile::kWhole || at < head_size) words = *reinterpret_cast<const uint4*>(row + at);
-      uint32_t in[4] = {words.x, words.y, words.z, words.w};
+    for (uint32_t& word : words) {
+      const float2 pair = to_float2<typename Tile::Q>(word);
+      word = from_float2<typename Tile::Operand>(pair.x, pair.y);
+    }
+  }
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        if constexpr (!std::is_same_v<Q, typename Tile::Operand>) {
-          const float2 pair = to_float2<Q>(in[w]);
-          in[w] = from_float2<typename Tile::Operand>(pair.x, pair.y);
-        }
-        q[(c * (kAhead / 8) + part) * 2 + w / 2][w % 2] = in[w];
-      }
+  for (int i = 0; i < Tile::kQWords; ++i) {
+    if constexpr (Tile::kOneRow) {  // words next to each other in K
+      constexpr int kNext = sizeof(typename Tile::KV) == 1 ? 2 : 1;
+      const int even = i / 2 * 4 + i % 2 * (3 - kNext);
+      q[i / 2][i % 2] = odd_column ? words[even + kNext] : words[even];
+    } else {
+      q[i / 2][i % 2] = words[i];
     }
   }
 }
@@ -185,7 +223,7 @@ __device__ __forceinline__ void load_q(uint32_t (&q)[Tile::kSize / 16][2], const
 // A of S^T from a piece of K, and A of O^T from four rows of V: sums += both 16 columns of a word pair.
 template <class Tile>
 __device__ __forceinline__ void multiply_k(float (&sums)[4], const uint32_t* low, const uint32_t* high,
-                                           const uint32_t (&q)[Tile::kSize / 16][2]) {
+                                           const uint32_t (&q)[Tile::kQWords / 2][2]) {
   using T = typename Tile::Operand;
 #pragma unroll
   for (int w = 0; w < Tile::kKWords; w += sizeof(typename Tile::KV)) {
@@ -199,10 +237,31 @@ __device__ __forceinline__ void multiply_k(float (&sums)[4], const uint32_t* low
     }
   }
 }
+// The same of one row: 8 keys, whose words fill a fragment as they lie. Its rows g and g + 8 hold words next to each
+// other of key g, which meet theirs of Q in the even and in the odd columns.
+template <class Tile>
+__device__ __forceinline__ float multiply_k(const uint32_t (&k)[Tile::kKWords],
+                                            const uint32_t (&q)[Tile::kQWords / 2][2]) {
+  using T = typename Tile::Operand;
+  float sums[4] = {};
+#pragma unroll
+  for (int i = 0; i < Tile::kQWords / 2; ++i) {
+    if constexpr (sizeof(typename Tile::KV) == 1) {
+      uint32_t a[4];
+      widen(k[2 * i], &a[0], &a[2]);
+      widen(k[2 * i + 1], &a[1], &a[3]);
+      mma<T>(sums, a[0], a[1], a[2], a[3], q[i][0], q[i][1]);
+    } else {
+      mma<T>(sums, k[4 * i], k[4 * i + 1], k[4 * i + 2], k[4 * i + 3], q[i][0], q[i][1]);
+    }
+  }
+  return sums[0] + sums[3];
+}
 template <class Tile>
 __device__ __forceinline__ void multiply_v(float (&out)[Tile::kSize / 16][4], const uint32_t (&v)[4][Tile::kVWords],
                                            const uint32_t (&p)[2], const uint32_t (&rest)[2]) {
   using T = typename Tile::Operand;
+  constexpr bool kRest = Tile::kTwoParts && !Tile::kOneRow;
 #pragma unroll
   for (int w = 0; w < Tile::kVWords; ++w) {
     uint32_t a[4];
@@ -213,14 +272,14 @@ __device__ __forceinline__ void multiply_v(float (&out)[Tile::kSize / 16][4], co
         widen(__byte_perm(v[0][w], v[1][w], select), &a[0], &a[1]);
         widen(__byte_perm(v[2][w], v[3][w], select), &a[2], &a[3]);
         mma<T>(out[2 * w + pair], a[0], a[1], a[2], a[3], p[0], p[1]);
-        if constexpr (Tile::kTwoParts) mma<T>(out[2 * w + pair], a[0], a[1], a[2], a[3], rest[0], rest[1]);
+        if constexpr (kRest) mma<T>(out[2 * w + pair], a[0], a[1], a[2], a[3], rest[0], rest[1]);
       }
     } else {
 #pragma unroll
       for (int part = 0; part < 4; ++part)
         a[part] = __byte_perm(v[part / 2 * 2][w], v[part / 2 * 2 + 1][w], part % 2 ? 0x7632 : 0x5410);
       mma<T>(out[w], a[0], a[1], a[2], a[3], p[0], p[1]);
-      if constexpr (Tile::kTwoParts) mma<T>(out[w], a[0], a[1], a[2], a[3], rest[0], rest[1]);
+      if constexpr (kRest) mma<T>(out[w], a[0], a[1], a[2], a[3], rest[0], rest[1]);
     }
   }
 }
@@ -248,10 +307,9 @@ __device__ __forceinline__ int prefix_of(const DecodeArgs& a, int batch) {
   return a.prefix_lens ? __ldcg(a.prefix_lens + batch) : a.prefix_len;
 }
 
-// What binds where a target is missed, by leaving things out (us). One sequence of 740 keys, 32 heads of 64 in
-// bf16: 4.4, 3.8 without the last sums and stores, 3.3 without the exchange between the blocks either; waiting first,
-// the keys cross L2 twice, +1.1. 8192 keys: 18.7, 16.1 without the merge, whose fence, atomic and loads are three trips
-// to L2.
+// What binds where a target is missed (us): 32 heads of 64 in bf16, 8192 keys, 18.4. Waiting first, keys cross L2
+// twice; the first are there 3.8 after the wait, warps of equal shares end between 10 and 17, and the last merge
+// takes 2.6: its fence, atomic and loads are three trips to L2.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid_constant__ DecodeArgs args) {
   std::conditional_t<Tile::kSimple, DecodeArgs, const DecodeArgs&> a = args;
@@ -275,7 +333,7 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
   Rows<Tile> rows{};
   const typename Tile::Q* q_row = nullptr;
   int stride = 0, token = 0;
-  uint32_t entries[2] = {};
+  uint32_t entries[2][Tile::kGroups] = {};
   const auto prepare = [&] {
     rows = Rows<Tile>(a, item.group);
     uint32_t query, head;
@@ -285,8 +343,8 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
     stride = warp_keys * item.splits;
     token = (warp * item.splits + item.split) * kTokens;
     const Gather<Tile> gather(a, lane, item.batch, rows.head);
-    entries[0] = gather.entry(token);
-    entries[1] = gather.entry(token + stride);
+    gather.entries(token, entries[0]);
+    gather.entries(token + stride, entries[1]);
     compute_now(q_row);
     if (Tile::kWhole || t * (Tile::kSize / 4) < a.head_size) prefetch(q_row + t * (Tile::kSize / 4));
   };
@@ -295,8 +353,8 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
     prepare();
   }
   int length, prefix, end;
-  Places here{};
-  uint32_t page = 0, q[Tile::kSize / 16][2];
+  Places<Tile> here{};
+  uint32_t pages[2][Tile::kGroups], q_words[Tile::kSize / 8];
   Step<Tile> step;
   // What the predecessor may be writing is read before the wait on trial only, to have the keys in L2 by then. After
   // it, they are loaded from where they were found while lengths and pages are read again: if these changed, once more.
@@ -313,16 +371,17 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
     const Gather<Tile> gather(a, lane, item.batch, rows.head);
     if (a.has(a.kWindow)) {  // without a window, the first pages do not wait for the length
       token = (warp * item.splits + item.split) * kTokens +
-              visible(a, length_of(a, item.batch), prefix_of(a, item.batch), rows.query(a, 0)).first;
-      entries[0] = gather.entry(token);
-      entries[1] = gather.entry(token + stride);
+              visible(a, length_of(a, stored_length(a, item.batch)), prefix_of(a, item.batch), rows.query(a, 0)).first;
+      gather.entries(token, entries[0]);
+      gather.entries(token + stride, entries[1]);
     }
-    const uint32_t first_page = gather.page_on_trial(entries[0]);
-    page = gather.page_on_trial(entries[1]);
-    length = length_of(a, item.batch);
+    gather.pages_on_trial(entries[0], pages[0]);
+    gather.pages_on_trial(entries[1], pages[1]);
+    const int stored = stored_length(a, item.batch);
+    length = length_of(a, stored);
     prefix = prefix_of(a, item.batch);
     end = visible(a, length, prefix, Tile::kRows ? rows.query(a, Tile::kMostRows) : 0).last;
-    here = gather.places(token, first_page, end);
+    here = gather.places(token, pages[0], end);
     bool on_trial = false;
     if (!waited && (a.fresh < 0 || (token < end && token + kTokens > length - a.fresh))) {
       gather.prefetch_step(here);
@@ -331,23 +390,32 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
       // Another plan, perhaps, or another first key.
       if (on_trial && (a.has(a.kWindow) || (kMerge == Merge::kGrid && a.splits_vary()))) continue;
     }
+    // What the keys are used with is asked for before them where it may be: the loads of an SM come one after another.
+    uint32_t pages_again[2][Tile::kGroups];
+    int stored_again = stored, prefix_again = prefix;
+    if (on_trial) {
+      load_q<Tile>(q_words, q_row, t, a.head_size);
+      gather.pages_on_trial(entries[0], pages_again[0]);
+      gather.pages_on_trial(entries[1], pages_again[1]);
+      stored_again = stored_length(a, item.batch);
+      prefix_again = prefix_of(a, item.batch);
+    }
     gather.load_k(step, here);
     gather.load_v(step, here);
     if (!waited) wait();
-    uint32_t pages_again[2] = {first_page, page};
-    int length_again = length, prefix_again = prefix;
-    if (on_trial) {
-      pages_again[0] = gather.page_on_trial(entries[0]);
-      pages_again[1] = gather.page_on_trial(entries[1]);
-      length_again = length_of(a, item.batch);
-      prefix_again = prefix_of(a, item.batch);
+    if (!on_trial) {
+      load_q<Tile>(q_words, q_row, t, a.head_size);
+      break;
     }
-    load_q<Tile>(q, q_row, t, a.head_size);
-    const bool same =
-        (pages_again[0] == first_page) & (pages_again[1] == page) & (length_again == length) & (prefix_again == prefix);
-    if (!on_trial || __all_sync(~0u, same)) break;
+    bool same = (stored_again == stored) & (prefix_again == prefix);
+#pragma unroll
+    for (int i = 0; i < Tile::kGroups; ++i)
+      same &= (pages_again[0][i] == pages[0][i]) & (pages_again[1][i] == pages[1][i]);
+    if (__all_sync(~0u, same)) break;
   }
   if (kMerge == Merge::kGrid && thread == 0) shared_item() = item;  // it would take registers from the loop
+  uint32_t q[Tile::kQWords / 2][2];
+  convert_q<Tile>(q, q_words, g % 2);
 
   float out[Tile::kSize / 16][4] = {}, top[kColumns], sum[kColumns];
 #pragma unroll
@@ -369,19 +437,21 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
     do {
       const int next = token + stride;
       more = next < end;
-      const Places next_places = gather.places(next, page, end);
-      page = gather.page(next + stride);
+      const Places<Tile> next_places = gather.places(next, pages[1], end);
+      gather.pages(next + stride, pages[1]);
 
       float scores[kBatches][2][kColumns];
 #pragma unroll
       for (int i = 0; i < kBatches; ++i) {
         float sums[4] = {};
-        multiply_k<Tile>(sums, step.k[i][0], step.k[i][1], q);
+        if constexpr (!Tile::kOneRow) multiply_k<Tile>(sums, step.k[i][0], step.k[i][1], q);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if constexpr (Tile::kRows) {
             scores[i][half][0] = sums[2 * half];
             scores[i][half][kColumns - 1] = sums[2 * half + 1];
+          } else if constexpr (Tile::kOneRow) {
+            scores[i][half][0] = multiply_k<Tile>(step.k[i][half], q);
           } else {
             scores[i][half][0] = odd ? sums[2 * half + 1] : sums[2 * half];
           }
@@ -404,15 +474,18 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
 #pragma unroll
             for (float& score : of_key) score = cap(score, a.softcap) * 1.44269504f;
       }
-      const unsigned bits = mine ? here.seen >> g / Tile::kHeads : 0;
+      unsigned bits[Tile::kGroups];
+#pragma unroll
+      for (int i = 0; i < Tile::kGroups; ++i) bits[i] = mine ? here.seen[i] >> g / Tile::kHeads : 0;
 #pragma unroll
       for (int i = 0; i < kBatches; ++i)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          if (!(bits >> (i * 16 + half * 8) / Tile::kHeads & 1)) {
+        for (int half = 0; half < 2; ++half) {
+          const int first = (i * 16 + half * 8) / Tile::kHeads;
+          if (bits[first / kWarp] >> first % kWarp & 1) continue;
 #pragma unroll
-            for (float& score : scores[i][half]) score = -kInfinity;
-          }
+          for (float& score : scores[i][half]) score = -kInfinity;
+        }
       if (Tile::kRows && a.q_len > 1) {
 #pragma unroll
         for (int i = 0; i < kBatches; ++i)
@@ -467,17 +540,21 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
             weights[1] = odd ? weight : 0.0f;
           }
           using T = typename Tile::Operand;
-          const uint32_t rounded = from_float2<T>(weights[0], weights[1]);
-          p[half] = transpose_8x8(rounded);
+          uint32_t rounded = from_float2<T>(weights[0], weights[1]);
           if constexpr (Tile::kTwoParts) {
             const float2 back = to_float2<T>(rounded);
-            rest[half] = transpose_8x8(from_float2<T>(weights[0] - back.x, weights[1] - back.y));
+            if constexpr (Tile::kOneRow)
+              rounded = from_float2<T>(weights[0], weights[0] - back.x);
+            else
+              rest[half] = transpose_8x8(from_float2<T>(weights[0] - back.x, weights[1] - back.y));
           }
+          p[half] = transpose_8x8(rounded);
         }
         multiply_v<Tile>(out, step.v[i], p, rest);
       }
       gather.load_v(step, next_places);
-      here.seen = next_places.seen;
+#pragma unroll
+      for (int i = 0; i < Tile::kGroups; ++i) here.seen[i] = next_places.seen[i];
       token = next;
     } while (more);
 #pragma unroll
@@ -487,6 +564,9 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
       sum[u] += shuffle_xor(sum[u], 16);
     }
   }
+  if constexpr (Tile::kOneRow && Tile::kTwoParts)
+#pragma unroll
+    for (auto& o : out) o[0] += o[1], o[2] += o[3];
   merge_block<Tile>(a, out, top, sum);
 }
 

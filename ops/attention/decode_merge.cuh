@@ -37,14 +37,15 @@ __device__ __forceinline__ Item& shared_item() {
   return item;
 }
 
-__device__ __forceinline__ int length_of(const DecodeArgs& a, int batch) {
-  return a.lengths ? max(min(__ldcg(a.lengths + batch), a.k_len), 0) : a.k_len;
+__device__ __forceinline__ int stored_length(const DecodeArgs& a, int batch) {
+  return a.lengths ? __ldcg(a.lengths + batch) : a.k_len;
 }
+__device__ __forceinline__ int length_of(const DecodeArgs& a, int stored) { return max(min(stored, a.k_len), 0); }
 
 // Keys of a sequence, but for those that no query sees any more.
 __device__ __forceinline__ int keys_of(const DecodeArgs& a, int batch) {
   if (batch >= a.batch) return 0;
-  const int length = length_of(a, batch);
+  const int length = length_of(a, stored_length(a, batch));
   return a.has(a.kWindow) && a.window_left >= 0 ? min(length, a.window_left + a.q_len) : length;
 }
 

@@ -160,7 +160,8 @@ std::optional<DecodePlan> decode_plan(const AttentionProblem& p, const DecodeHin
   DecodePlan plan{-1};
   const auto choose = [&](Merge merge) {
     for (const DecodeRow& row : kDecodeRows) {
-      const bool fits = row.whole ? p.head_size == row.size : p.head_size < row.size;
+      const bool fits = (row.whole ? p.head_size == row.size : p.head_size < row.size) && keys > row.above &&
+                        (!row.up_to || keys <= row.up_to);
       if (!fits || !(row.keys & (p.kv_dtype == DType::kE4M3 ? 2 : 1)) || !(row.merges >> static_cast<int>(merge) & 1) ||
           (row.heads && (rows > 1 || p.k_heads % row.heads)) || all_keys < row.least_keys ||
           batch * decode_groups(row, p.k_heads, rows) < row.least_blocks_per_sm * sms)
@@ -174,11 +175,8 @@ std::optional<DecodePlan> decode_plan(const AttentionProblem& p, const DecodeHin
   const auto tile = [&]() -> const DecodeRow& { return decode_row(plan.tile); };
   const auto blocks = [&] { return p.batch * decode_groups(tile(), p.k_heads, rows); };
   const auto steps = [&] { return ceil_div(keys, tile().tokens()); };
-  // Warps of a block, a power of two or 12: `wanted` of them, rounded down, and none without keys.
-  const auto warps = [&](int64_t wanted, int64_t most) {
-    wanted = std::min(wanted, std::max<int64_t>(most, 2));
-    return wanted >= 16 ? 16 : wanted >= 12 ? 12 : wanted >= 8 ? 8 : wanted >= 4 ? 4 : 2;
-  };
+  // Warps of a block: even.
+  const auto even = [](int64_t warps) { return static_cast<int>(std::max<int64_t>(warps / 2 * 2, 2)); };
   if (h.batch_invariant) {
     if (!choose(Merge::kGrid)) return std::nullopt;
     const int64_t fit = kAttentionWorkspaceBytes / (decode_groups(tile(), p.k_heads, rows) * decode_split_bytes(plan));
@@ -191,7 +189,7 @@ std::optional<DecodePlan> decode_plan(const AttentionProblem& p, const DecodeHin
     if (!choose(Merge::kGrid)) return std::nullopt;
     plan.splits = static_cast<int>(std::min<int64_t>(h.num_splits, kMostSplits));
     plan.warps =
-        warps(std::min<int64_t>(kRule.warps_per_sm * sms / (blocks() * plan.splits), 8), steps() / plan.splits);
+        even(std::min({kRule.warps_per_sm * sms / (blocks() * plan.splits), int64_t{8}, steps() / plan.splits}));
     return plan;
   }
   // Two heads in a block share the work on a fragment, which pays where memory alone binds, and in e4m3 sooner.
@@ -200,42 +198,49 @@ std::optional<DecodePlan> decode_plan(const AttentionProblem& p, const DecodeHin
   if (h.num_splits == 1 || (whole && (keys <= kRule.block_keys || blocks() > kRule.block_blocks_per_sm * sms))) {
     const bool two = keys <= 512 || p.kv_dtype == DType::kE4M3;  // 64 x 1024 keys: 68 us of e4m3 with four, 65 with two
     const int64_t wanted = std::max<int64_t>(kRule.warps_per_sm * sms / blocks(), keys > 1024 ? 8 : two ? 2 : 4);
-    // Two kernels' blocks of eight warps fit on an SM, where the next one's bring e4m3 keys to L2 before their wait:
-    // 4 x 740 keys 6.5 us, with twelve 7.0. With fresh tokens they fill registers instead: 6.3, with twelve 5.7.
-    const bool small = p.kv_dtype == DType::kE4M3 && tile().heads == 1 && !h.fresh_tokens;
-    plan.warps = warps(std::min<int64_t>(wanted, small ? 8 : tile().heads ? 16 : 12), ceil_div(steps(), 2));
-    if (tile().warps) plan.warps = tile().warps;
+    const int64_t most = tile().heads ? 16 : tile().size > 64 && p.kv_dtype == DType::kE4M3 ? 8 : 12;
+    const int64_t busy = steps() > kRule.block_steps ? ceil_div(steps(), 2) + 1 : steps() + 1;  // two steps or one
+    plan.warps = tile().warps ? tile().warps : even(std::min({wanted, most, busy}));
     return plan;
   }
-  if (steps() <= kRule.block_steps) {
-    plan.warps = static_cast<int>(std::max<int64_t>(2 * ceil_div(steps(), 2), 2));
+  if (steps() <= (tile().heads ? kRule.block_steps : kRule.block_steps_rows)) {
+    plan.warps = even(steps() + 1);
     return plan;
   }
   if (keys <= kRule.cluster_keys) {
     if (!choose(Merge::kCluster)) return std::nullopt;
-    // A head of 64 in 8 blocks of at most 4 warps also where not all room is used: of 2048 keys, 128: 3.3 us,
-    // 1000: 3.5; in 16 blocks 3.7, 4.0 (all of them: 4.8 and 4.3).
-    const bool large = tile().size > 64;
-    plan.splits = large && blocks() <= kRule.large_cluster_blocks ? 16 : 8;
-    while (plan.splits > 2 && (plan.splits * blocks() > kRule.cluster_blocks_per_sm * sms || plan.splits > steps()))
-      plan.splits /= 2;
-    // A step for each warp, or two where that would make more warps than start at once.
-    const int64_t each = ceil_div(steps(), plan.splits),
-                  needed = each > 3 && plan.splits * blocks() > sms ? each / 2 : each;
-    plan.warps = needed > 4 && large ? 8 : needed > 2 ? 4 : 2;
-    // No more than have keys: 740 of 32 x 64 in clusters of 6 take 4.7 us, of 8 5.8, of which not two kernels' fit.
+    if (tile().size <= 64) {
+      // A block on an SM, on half of them, so that the next kernel's find room beside: 1024 keys of 32 heads take 5.3
+      // us in pairs of 16 warps, 5.7 in eights of two, whose last begin when the kernel before has ended.
+      plan.splits = static_cast<int>(std::clamp<int64_t>(sms / 2 / blocks(), 1, 8));
+      // Clusters of more than two pack badly where a block has an SM for itself.
+      const int64_t most = plan.splits > 2 ? 8 : tile().most_threads / 32;
+      plan.warps = even(std::min(ceil_div(steps(), plan.splits) + 1, most));
+    } else {
+      plan.splits = blocks() <= kRule.large_cluster_blocks ? 16 : 8;
+      while (plan.splits > 2 && (plan.splits * blocks() > kRule.cluster_blocks_per_sm * sms || plan.splits > steps()))
+        plan.splits /= 2;
+      // A step for each warp, or two where that would make more warps than start at once.
+      const int64_t each = ceil_div(steps(), plan.splits),
+                    needed = each > 3 && plan.splits * blocks() > sms ? each / 2 : each;
+      plan.warps = needed > 4 ? 8 : needed > 2 ? 4 : 2;
+    }
     plan.splits = static_cast<int>(std::min<int64_t>(plan.splits, ceil_div(steps(), plan.warps)));
+    if (plan.splits > 1) return plan;
+    plan.splits = 0, plan.merge = Merge::kBlock;
     return plan;
   }
   if (p.batch * p.k_len >= int64_t{1} << 31) return plan;  // the sum of the lengths, too, fits 32 bits
   if (!choose(Merge::kGrid)) return std::nullopt;
-  plan.warps = static_cast<int>(tile().heads == 1 ? kRule.grid_warps_one_head : kRule.grid_warps);
+  plan.warps = static_cast<int>(tile().heads ? kRule.grid_warps : kRule.grid_warps_rows);
   const int64_t slots = tile().heads ? kRule.warps_per_sm / plan.warps * sms : sms;
-  if (p.batch == 1)
-    plan.splits =
-        static_cast<int>(std::clamp<int64_t>(slots / blocks(), 1, std::min<int64_t>(kMostSplits, steps() / 4)));
-  else
+  if (p.batch == 1) {
+    const int64_t most = std::min({slots / blocks(), int64_t{kMostSplits}, steps() / 4});
+    const int64_t turns = ceil_div(steps(), plan.warps * std::max<int64_t>(most, 1));
+    plan.splits = static_cast<int>(ceil_div(steps(), plan.warps * turns));
+  } else {
     plan.slots = static_cast<int>(slots);
+  }
   return plan;
 }
 

@@ -65,6 +65,7 @@ struct DecodeRow {
   int batches;  // of 16 keys, in a warp's step
   int most_threads;
   unsigned keys, merges;    // bits: 1 for 16-bit keys, 2 for e4m3; 1 << Merge
+  int64_t above, up_to;     // keys of a sequence; up_to 0: any number
   int64_t least_keys;       // of all heads of all sequences together
   int least_blocks_per_sm;  // of unsplit ones
   int warps;                // where the block merges; 0: by the rule
