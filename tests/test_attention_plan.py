@@ -88,11 +88,12 @@ def test_kernels() -> None:
     assert attention_plan(132, 1, 1, 740, 32, 32, 256)["kernel"] == "FlashAttentionPlain"
 
 
-def test_plans_of_fresh_tokens() -> None:
-    """What the newest tokens alone keep waiting is launched otherwise, and shown so."""
-    fresh = [name for name in NAMES if name.endswith(" fresh1")]
-    (decode,) = (kind for kind in ENTRIES if kind.op == "attention_decode")
-    assert any(decode(name).plan(H200_SMS) != decode(name.removesuffix(" fresh1")).plan(H200_SMS) for name in fresh)
+@pytest.mark.parametrize("heads", [(32, 32), (32, 8)])
+@pytest.mark.parametrize("batch", [16, 64, 300])
+def test_long_sequences_are_split_in_large_batches(batch: int, heads: tuple[int, int]) -> None:
+    """However many blocks there are without: lengths on the device may lie far apart."""
+    plan = attention_plan(H200_SMS, batch, 1, 32768, *heads, 64, page_size=16, causal=True)
+    assert plan["merge"] == "grid" and plan["on_device"]
 
 
 def info(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, str]]:

@@ -195,7 +195,7 @@ std::optional<DecodePlan> decode_plan(const AttentionProblem& p, const DecodeHin
   // Two heads in a block share the work on a fragment, which pays where memory alone binds, and in e4m3 sooner.
   if (!choose(Merge::kBlock)) return std::nullopt;
   const bool whole = sequences * 10 >= 9 * sms;  // blocks enough without splits
-  if (h.num_splits == 1 || (whole && (keys <= kRule.block_keys || blocks() > kRule.block_blocks_per_sm * sms))) {
+  if (h.num_splits == 1 || (whole && keys <= kRule.block_keys)) {
     const bool two = keys <= 512 || p.kv_dtype == DType::kE4M3;  // 64 x 1024 keys: 68 us of e4m3 with four, 65 with two
     const int64_t wanted = std::max<int64_t>(kRule.warps_per_sm * sms / blocks(), keys > 1024 ? 8 : two ? 2 : 4);
     const int64_t most = tile().heads ? 16 : tile().size > 64 && p.kv_dtype == DType::kE4M3 ? 8 : 12;

@@ -57,12 +57,11 @@ Map prefill_map(const PrefillPlan& plan, const AttentionProblem& p, int64_t sms)
              {"loader_registers", tile.loader_registers}};
 }
 
-// page_size 0: not paged. packed: the lengths are those of all sequences together. prefix_len, window and fresh_tokens:
-// -1 for none.
+// page_size 0: not paged. packed: the lengths are those of all sequences together. prefix_len and window: -1 for
+// none.
 Map plan_map(int64_t sms, int64_t batch, int64_t q_len, int64_t k_len, int64_t q_heads, int64_t k_heads,
              int64_t head_size, bool f16, bool e4m3, int64_t page_size, bool packed, bool causal, int64_t prefix_len,
-             int64_t window_left, int64_t window_right, int64_t num_splits, int64_t fresh_tokens,
-             bool batch_invariant) {
+             int64_t window_left, int64_t window_right, int64_t num_splits, bool batch_invariant) {
   alignas(16) static char place[16];
   const auto* numbers = reinterpret_cast<const int32_t*>(place);
   AttentionProblem p{};
@@ -83,7 +82,6 @@ Map plan_map(int64_t sms, int64_t batch, int64_t q_len, int64_t k_len, int64_t q
   p.causal = causal || prefix_len >= 0, p.prefix_len = prefix_len;
   p.window_left = window_left, p.window_right = window_right;
   DecodeHints hints{p.k_len, num_splits};
-  if (fresh_tokens >= 0) hints.fresh_tokens = fresh_tokens;
   hints.batch_invariant = batch_invariant;
   const AttentionPlan plan = attention_plan(p, hints, sms);
   if (plan.decode) return decode_map(*plan.decode, p, k_len);

@@ -36,15 +36,14 @@ def attention_plan(
     prefix_len: int | None = None,
     window_size: tuple[int, int] = (-1, -1),
     num_splits: int = 0,
-    fresh_tokens: int | None = None,
     batch_invariant: bool = False,
 ) -> Plan:
     """Of contiguous tensors that suit every kernel, on an sm_90 GPU of so many SMs. `packed`: lengths are totals."""
-    prefix, fresh = (-1 if n is None else n for n in (prefix_len, fresh_tokens))
+    prefix = -1 if prefix_len is None else prefix_len
     sizes = (sms, batch, q_len, k_len, q_heads, k_heads, head_size)
     plan = dict(
         _library.load().attention_plan(
-            *(*sizes, f16, e4m3, page_size, packed, causal, prefix, *window_size, num_splits, fresh, batch_invariant)
+            *(*sizes, f16, e4m3, page_size, packed, causal, prefix, *window_size, num_splits, batch_invariant)
         )
     )
     query = "f16" if f16 else "bf16"

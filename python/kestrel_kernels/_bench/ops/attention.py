@@ -214,7 +214,6 @@ class AttentionDecode(AttentionEntry):
             e4m3=self.dtype == "fp8",
             page_size=self.page,
             causal=True,
-            fresh_tokens=self.fresh,
             batch_invariant=self.invariant is not None,
         )
 
