@@ -44,6 +44,10 @@ struct Runs {
   int32_t next_block;                                                   // where the window ends; < 0: nothing follows
   int32_t warp_count[16];
   uint16_t order[kRuns];  // in which runs are worked on, as `before` has them
+  uint64_t barrier;
+
+  // Each warp that builds arrives at this barrier when it has. Of a __syncthreads in two branches racecheck makes races.
+  __device__ __forceinline__ uint32_t made() const { return shared_address(&barrier); }
 
   // For items in order: `at` is kept between calls. The second tile of a pair may have no rows.
   __device__ __forceinline__ bool get(Pairing pairing, uint32_t round, int* at, TileWork* work) const {
@@ -200,6 +204,8 @@ struct Runs {
       at += items[i];
     }
     if (thread == kThreads - 1) before[kRuns] = at;
+    __syncwarp();
+    if (lane == 0) arrive(made());
   }
 };
 
