@@ -479,10 +479,7 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
   auto* const shared = reinterpret_cast<typename Shape<Tile>::Shared*>(memory);
   Rings<Tile> rings(shared);
   const Pairing pairing = args.pairing;
-  if (threadIdx.x == 0) {
-    init_barrier(shared->runs.made(), 4 * Tile::kGroups);
-    rings.init(pairing);
-  }
+  if (threadIdx.x == 0) rings.init(pairing);
   const auto panel_blocks = [&] { return args.blocks_per_panel * (kFinish == Finish::kPlain ? args.panels : 1); };
   if (args.one && threadIdx.x == kWarp) prefetch_weights<Tile, kFinish>(args, panel_blocks());
   if (pairing.paired) cluster_sync();
@@ -492,9 +489,9 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
   const int warp = threadIdx.x / kWarp;
   if (warp < kProducerThreads / kWarp) {
     if constexpr (Tile::kBlocks == 1) leave_registers<56>();
-    wait_barrier(shared->runs.made(), 0);
     for (int32_t block = 0; block >= 0;) {
-      if (block > 0) __syncthreads();
+      shared->runs.build(args.list, block, panel_blocks(), pairing, args.several);
+      __syncthreads();
       if (warp > 0)
         gather_rows<Tile>(args, shared->runs, shared->info, rings.stages, rings.infos);
       else if (threadIdx.x == 0)
@@ -506,9 +503,7 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
   } else {
     if constexpr (Tile::kBlocks == 1) take_registers<224>();
     for (int32_t block = 0; block >= 0;) {
-      shared->runs.template build<128 * Tile::kGroups>(args.list, threadIdx.x - kProducerThreads, block, panel_blocks(),
-                                                       pairing, args.several);
-      if (block > 0) __syncthreads();
+      __syncthreads();
       consume<Tile, kFinish>(args, shared, rings.stages, rings.infos);
       block = shared->runs.next_block;
       __syncwarp();

@@ -42,12 +42,8 @@ template <int kRuns, int kTokens>
 struct Runs {
   int32_t first[kRuns], rows[kRuns], expert[kRuns], before[kRuns + 1];  // before: items of the runs before it
   int32_t next_block;                                                   // where the window ends; < 0: nothing follows
-  int32_t warp_count[16];
+  int32_t warp_count[4];
   uint16_t order[kRuns];  // in which runs are worked on, as `before` has them
-  uint64_t barrier;
-
-  // Each warp that builds arrives at this barrier when it has. Of a __syncthreads in two branches racecheck makes races.
-  __device__ __forceinline__ uint32_t made() const { return shared_address(&barrier); }
 
   // For items in order: `at` is kept between calls. The second tile of a pair may have no rows.
   __device__ __forceinline__ bool get(Pairing pairing, uint32_t round, int* at, TileWork* work) const {
@@ -72,140 +68,126 @@ struct Runs {
     return (steps + tiles - 1) / tiles;
   }
 
-  // By kThreads threads, from `first_block` of the list on. Little code, and few loads that wait for one another: what
-  // runs once waits for its instructions, too. Inlined, it takes registers that the products need.
-  template <int kThreads>
-  __device__ __noinline__ void build(List list, int thread, int32_t first_block, int32_t panel_blocks, Pairing pairing,
-                                     bool sort) {
-    constexpr int kWarps = kThreads / kWarp, kAhead = 2;
+  // By 128 threads, from `first_block` of the list on.
+  __device__ __forceinline__ void build(const List& list, int32_t first_block, int32_t panel_blocks, Pairing pairing,
+                                        bool sort) {
+    constexpr int kThreads = 128;
+    int thread = threadIdx.x % kThreads;
+    compute_now(thread);  // what follows from it takes no registers afterwards
     const int warp = thread / kWarp, lane = thread % kWarp;
     const int32_t used = min(*list.num_tokens_post_pad, list.positions);
+    const int32_t blocks = (used + list.block_m - 1) / list.block_m;
     int count = 0;
-    for (int32_t base = first_block; count <= kRuns && base < list.blocks; base += kAhead * kThreads) {
-      int32_t id[kAhead];
-      uint32_t found[kAhead];
+    for (int32_t base = first_block; count <= kRuns && base < list.blocks; base += kThreads) {
+      const int32_t block = base + thread;
+      // Not only of those in use, whose number is being loaded.
+      const int32_t id = block < list.blocks ? list.expert_ids[block] : -1;
+      const int32_t previous = block > first_block && block < list.blocks ? list.expert_ids[block - 1] : -1;
+      const bool starts = block < blocks && (block == first_block || id != previous);
+      const uint32_t found = __ballot_sync(~0u, starts);
+      if (lane == 0) warp_count[warp] = __popc(found);
+      sync_threads(1, kThreads);
+      int index = count + __popc(found & ((1u << lane) - 1));
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int32_t block = base + i * kThreads + thread;
-        // Not only of those in use, whose number is being loaded.
-        id[i] = block < list.blocks ? list.expert_ids[block] : -1;
-        const int32_t previous = block > first_block && block < list.blocks ? list.expert_ids[block - 1] : -1;
-        const bool starts =
-            block < list.blocks && block * list.block_m < used && (block == first_block || id[i] != previous);
-        found[i] = __ballot_sync(~0u, starts);
-        if (lane == 0) warp_count[i * kWarps + warp] = __popc(found[i]);
+      for (int w = 0; w < 4; ++w) {
+        if (w < warp) index += warp_count[w];
+        count += warp_count[w];
+      }
+      if (starts && index < kRuns) {
+        first[index] = block * list.block_m;
+        expert[index] = id;
+      } else if (starts && index == kRuns) {
+        next_block = block;
       }
       sync_threads(1, kThreads);
-      int index[kAhead];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        index[i] = count + __popc(found[i] & ((1u << lane) - 1));
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-          const int there = warp_count[i * kWarps + w];
-          if (w < warp) index[i] += there;
-          count += there;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int32_t block = base + i * kThreads + thread;
-        const bool starts = found[i] >> lane & 1;
-        if (starts && index[i] < kRuns) {
-          first[index[i]] = block * list.block_m;
-          expert[index[i]] = id[i];
-        }
-        if (starts && index[i] == kRuns) next_block = block;
-      }
-      sync_threads(1, kThreads);
-      if ((base + int64_t{kAhead * kThreads}) * list.block_m >= used) break;
+      if (base + kThreads >= blocks) break;
     }
     const int kept = min(count, kRuns);
     const int32_t end = count > kRuns ? next_block * list.block_m : used;
+    sync_threads(1, kThreads);
     if (thread == 0 && count <= kRuns) next_block = -1;
 
-    // What padding a run of several tiles ends with is cut off, of its last 128 rows: blocks are no higher, as a rule.
-    // A warp has eight runs at a time, and all their loads under way.
-    constexpr int kAtOnce = 8, kLoads = 4;
 #pragma unroll 1
-    for (int base = warp * kAtOnce; base < kept; base += kWarps * kAtOnce) {
-      const int run = base + lane % kAtOnce;
-      int32_t length = 0, last = 0;
-      if (run < kept && expert[run] >= 0 && expert[run] < list.experts) {
-        last = run + 1 < kept ? first[run + 1] : end;
-        length = last - first[run];
-      }
-      const bool several = length > kTokens;
-      if (__any_sync(~0u, several)) {
-        const int32_t looked = several ? min(min(list.block_m, kLoads * kWarp), length) : 0;
-        int32_t ids[kAtOnce][kLoads];
+    for (int run = thread; run < kRuns; run += kThreads) {
+      int32_t length = 0;
+      if (run < kept && expert[run] >= 0 && expert[run] < list.experts)
+        length = (run + 1 < kept ? first[run + 1] : end) - first[run];
+      rows[run] = length;
+    }
+    sync_threads(1, kThreads);
+    // What padding a run of several tiles ends with is cut off. Four lanes for each run.
+    constexpr int kLanes = 4, kLoads = 16;
+#pragma unroll 1
+    for (int base = 0; base < kept; base += kThreads / kLanes) {
+      const int run = base + thread / kLanes;
+      const bool several = run < kept && rows[run] > kTokens;
+      if (!__any_sync(~0u, several)) continue;
+      const int32_t length = several ? rows[run] : 0;
+      int32_t found = 0, high = length;
+      const int32_t low = several ? (length - 1) / list.block_m * list.block_m : 0;  // the last block's start
+      while (true) {
+        const bool more = found == 0 && high > low;
+        if (!__any_sync(~0u, more)) break;
+        int32_t ids[kLoads];
 #pragma unroll
-        for (int r = 0; r < kAtOnce; ++r) {
-          const int32_t rows_looked = __shfl_sync(~0u, looked, r);
-          const int32_t* const from = list.sorted_token_ids + __shfl_sync(~0u, last, r) - 1 - lane;
-#pragma unroll
-          for (int i = 0; i < kLoads; ++i) ids[r][i] = i * kWarp + lane < rows_looked ? from[-i * kWarp] : -1;
+        for (int i = 0; i < kLoads; ++i) {
+          const int32_t row = high - 1 - (i * kLanes + thread % kLanes);
+          ids[i] = more && row >= low ? list.sorted_token_ids[first[run] + row] : -1;
         }
 #pragma unroll
-        for (int r = 0; r < kAtOnce; ++r) {
-          int32_t padding = kLoads * kWarp;
+        for (int i = 0; i < kLoads; ++i)
+          if (ids[i] >= 0 && ids[i] < list.assignments) found = max(found, high - (i * kLanes + thread % kLanes));
 #pragma unroll
-          for (int i = kLoads - 1; i >= 0; --i)
-            if (static_cast<uint32_t>(ids[r][i]) < static_cast<uint32_t>(list.assignments)) padding = i * kWarp + lane;
-          padding = __reduce_min_sync(~0u, padding);
-          if (lane == r) length -= min(padding, looked);
-        }
+        for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) found = max(found, __shfl_xor_sync(~0u, found, lanes));
+        high -= kLanes * kLoads;
       }
-      if (lane < kAtOnce && run < kept) {
-        rows[run] = length;
-        before[run] = height_of(length, pairing);
-        order[run] = run;
-      }
+      __syncwarp();  // four lanes have read it, and what comes between orders no memory
+      if (several && thread % kLanes == 0) rows[run] = found > 0 ? found : low;
     }
     sync_threads(1, kThreads);
 
-    if (sort) {
-      constexpr int kLanes = 4;
-      const int part = thread % kLanes;
+    // By loops, not unrolled: what runs once waits for its instructions. 64 runs took 16 us with divisions in the inner
+    // loop, 6 with unrolled ones.
 #pragma unroll 1
-      for (int base = 0; base < kept; base += kThreads / kLanes) {
-        const int run = base + thread / kLanes;
-        const int32_t own = run < kept ? before[run] : 0;
+    for (int run = thread; run < kRuns; run += kThreads) {
+      before[run] = height_of(rows[run], pairing);
+      order[run] = run;
+    }
+    if (sort) {
+      sync_threads(1, kThreads);
+#pragma unroll 1
+      for (int run = thread; run < kept; run += kThreads) {
+        const int32_t own = before[run];
         int rank = 0;
 #pragma unroll 4
-        for (int other = part; other < kept; other += kLanes) {
+        for (int other = 0; other < kept; ++other) {
           const int32_t high = before[other];
           rank += high > own || (high == own && other < run);
         }
-#pragma unroll
-        for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) rank += __shfl_xor_sync(~0u, rank, lanes);
-        if (part == 0 && run < kept) order[rank] = run;
+        order[rank] = run;
       }
-      sync_threads(1, kThreads);
     }
-    constexpr int kOwn = (kRuns + kThreads - 1) / kThreads;
-    int items[kOwn], sum = 0;
+    sync_threads(1, kThreads);
+    constexpr int kOwn = kRuns / kThreads;
+    int tiles[kOwn], sum = 0;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const int at = thread * kOwn + i;
-      items[i] = at < kept ? (tiles_of(rows[order[at]], pairing) >> pairing.paired) * panel_blocks : 0;
-      sum += items[i];
+      tiles[i] = (tiles_of(rows[order[thread * kOwn + i]], pairing) >> pairing.paired) * panel_blocks;
+      sum += tiles[i];
     }
     const int total = sum_up_to_lane(sum);
     if (lane == kWarp - 1) warp_count[warp] = total;
     sync_threads(1, kThreads);
     int at = total - sum;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w)
+    for (int w = 0; w < 4; ++w)
       if (w < warp) at += warp_count[w];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      if (thread * kOwn + i < kRuns) before[thread * kOwn + i] = at;
-      at += items[i];
+      before[thread * kOwn + i] = at;
+      at += tiles[i];
     }
     if (thread == kThreads - 1) before[kRuns] = at;
-    __syncwarp();
-    if (lane == 0) arrive(made());
   }
 };
 
