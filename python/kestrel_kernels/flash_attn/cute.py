@@ -217,7 +217,8 @@ def flash_attn_with_kvcache(
             CPU.
         batch_invariant: fix the split of the keys, so that a request's bits depend on its own length and the room for
             it alone (max_pages * page_size), not on its neighbours. On the CPU they never do. On the GPU it costs what
-            the best split for the batch would have gained.
+            the best split for the batch would have gained: on an H200, 32 heads of 64 in bf16, a sequence of 1024 keys
+            takes 9.1 us instead of 5.3, 16 of 256 keys 10.9 instead of 9.8, 64 of 1024 keys 134 instead of 123.
         The others, the result and the errors: those of `flash_attn_func`.
     """
     return _attention(
