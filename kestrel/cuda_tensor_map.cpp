@@ -43,9 +43,7 @@ CUtensorMap tensor_map(const TensorBox& tensor) {
   // Without promotion in L2: to 256 bytes it costs a stream of weights 8%.
   const CUresult result = encoder()(&map, driver_type(tensor.dtype), dims, const_cast<void*>(tensor.data), size, stride,
                                     box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                    tensor.span == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-                                    : tensor.span == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                        : CU_TENSOR_MAP_SWIZZLE_32B,
+                                    tensor.span == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
                                     CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw Error(ErrorKind::kRuntimeError, "cuTensorMapEncodeTiled: error " + std::to_string(result));

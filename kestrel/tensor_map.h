@@ -18,7 +18,7 @@ struct TensorBox {
   int64_t size[kMostBoxDims];    // innermost first; a zero ends it
   int64_t stride[kMostBoxDims];  // in elements; that of the innermost is 1, the others are multiples of 16 bytes
   uint32_t box[kMostBoxDims];    // at most `span` bytes in the innermost, at most 256 elements in each
-  int span = 128;                // 128, 64 or 32: bytes from line to line of a box
+  int span = 128;                // or 64: bytes from line to line of a box
 };
 
 // Boxes are swizzled over `span` bytes: the 16 bytes c of line r lie at r * span + (c ^ r * span / 128 % (span / 16)) *

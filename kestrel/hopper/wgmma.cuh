@@ -13,11 +13,12 @@
 
 namespace kestrel {
 
-// Where an operand lies: a descriptor of the tile at `address` (of the shared window), of rows of kSpan bytes (128, 64,
-// 32), swizzled over as many; groups of 8 rows come after one another.
+// Where an operand lies: a descriptor of the tile at `address` (of the shared window), of rows of kSpan bytes (128 or
+// 64), swizzled over as many; groups of 8 rows come after one another.
 template <int kSpan>
 constexpr uint64_t rows_of() {
-  constexpr uint64_t kSwizzle = kSpan == 128 ? 1 : kSpan == 64 ? 2 : 3, kEightRows = 8 * kSpan;
+  static_assert(kSpan == 128 || kSpan == 64);
+  constexpr uint64_t kSwizzle = kSpan == 128 ? 1 : 2, kEightRows = 8 * kSpan;
   return kSwizzle << 62 | kEightRows >> 4 << 32;
 }
 // K-major: the next k16 (k32 of e4m3) is 32 bytes on, within a row; the next kSpan bytes of k are `rows` * kSpan on.

@@ -57,8 +57,7 @@ Map prefill_map(const PrefillPlan& plan, const AttentionProblem& p, int64_t sms)
              {"loader_registers", tile.loader_registers}};
 }
 
-// page_size 0: not paged. packed: the lengths are those of all sequences together. prefix_len and window: -1 for
-// none.
+// page_size 0: not paged. packed: the lengths are those of all sequences together. prefix_len and window: -1 for none.
 Map plan_map(int64_t sms, int64_t batch, int64_t q_len, int64_t k_len, int64_t q_heads, int64_t k_heads,
              int64_t head_size, bool f16, bool e4m3, int64_t page_size, bool packed, bool causal, int64_t prefix_len,
              int64_t window_left, int64_t window_right, int64_t num_splits, bool batch_invariant) {
