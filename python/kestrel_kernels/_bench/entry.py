@@ -115,6 +115,11 @@ class Entry:
         """The same in plain PyTorch; compiled, it is a second peer."""
         raise NotImplementedError
 
+    @property
+    def eager_is_peer(self) -> bool:
+        """False where it takes so long that the GPU is hot for the cases after it."""
+        return True
+
     def peers(self) -> Mapping[str, Peer]:
         """From other libraries, those that can be imported."""
         return {}

@@ -110,8 +110,8 @@ def _host_row(entry: Entry, clock: Clock, peers: str, notes: list[str]) -> resul
 def _peers(entry: Entry, which: str) -> dict[str, Peer]:
     if which == "none":
         return {}
-    found: dict[str, Peer] = {"torch": entry.eager}
-    if which == "all" and entry.compiles:
+    found: dict[str, Peer] = {"torch": entry.eager} if entry.eager_is_peer else {}
+    if found and which == "all" and entry.compiles:
         torch.compiler.reset()  # each case compiles for its own shapes, and no limit of recompilations is met
         found["torch.compile"] = _compiled(entry)
     return found | dict(entry.peers())

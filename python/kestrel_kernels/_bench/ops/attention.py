@@ -59,6 +59,20 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **more: Any) -> torc
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **more).transpose(1, 2)
 
 
+def by_backends(attend: Peer) -> dict[str, Peer]:
+    """What calls PyTorch's attention, by FlashAttention and by cuDNN."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def by(backend: SDPBackend) -> Peer:
+        def peer(s: Set) -> Any:
+            with sdpa_kernel(backend):
+                return attend(s)
+
+        return peer
+
+    return {"flash": by(SDPBackend.FLASH_ATTENTION), "cudnn": by(SDPBackend.CUDNN_ATTENTION)}
+
+
 class AttentionEntry(Entry):
     def plan(self, sms: int) -> Plan:
         """Which kernel serves the case, and how its launch is spread, on a Hopper GPU of so many SMs."""
@@ -156,18 +170,7 @@ class AttentionPrefill(AttentionEntry):
         return sdpa(s["q"], s["k"], s["v"], is_causal=s["causal"])
 
     def peers(self) -> Mapping[str, Peer]:
-        if self.dtype:
-            return {}
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        def by(backend: SDPBackend) -> Peer:
-            def peer(s: Set) -> Any:
-                with sdpa_kernel(backend):
-                    return self.eager(s)
-
-            return peer
-
-        return {"flash": by(SDPBackend.FLASH_ATTENTION), "cudnn": by(SDPBackend.CUDNN_ATTENTION)}
+        return {} if self.dtype else by_backends(self.eager)
 
 
 class AttentionDecode(AttentionEntry):
@@ -181,6 +184,7 @@ class AttentionDecode(AttentionEntry):
     )
     function = "flash_attn.cute.flash_attn_with_kvcache"
     arguments = "q k_cache v_cache page_table= seqused_k= causal= k_scale= v_scale= fresh_tokens= batch_invariant= out="
+    compiles = False  # what a gather costs, compiled or not, is no rival to anybody
     small = (
         "b2 kv5 h4/2 d64 bf16 page1",
         "b1 kv37 h2 d72 fp8 page16",
@@ -221,7 +225,14 @@ class AttentionDecode(AttentionEntry):
         shape = (self.batch, 1, self.heads, self.size)
         s: Set = {"q": make.normal(*shape), "out": make.empty(*shape), "fresh_tokens": self.fresh, "causal": True}
         s["batch_invariant"] = self.invariant is not None
-        return paged_cache(make, s, self._lengths, self.kv_heads or self.heads, self.size, self.page, self.dtype)
+        s = paged_cache(make, s, self._lengths, self.kv_heads or self.heads, self.size, self.page, self.dtype)
+        if s["q"].is_cuda and self._gathers:
+            s |= {name: gathered(s, name, self.keys) for name in "kv"}
+        return s
+
+    @property
+    def _gathers(self) -> bool:
+        return self.dtype == "bf16" and self.least is None
 
     @property
     def bytes(self) -> int:
@@ -241,6 +252,13 @@ class AttentionDecode(AttentionEntry):
         if self.least is not None:
             return torch.cat([sdpa(q, k, v) for q, k, v in self._sequences(s)])
         return sdpa(s["q"], gathered(s, "k", self.keys), gathered(s, "v", self.keys))
+
+    def peers(self) -> Mapping[str, Peer]:
+        """On keys that lie one after another already, without a page table."""
+        if not (torch.cuda.is_available() and self._gathers):
+            return {}
+        found = by_backends(lambda s: sdpa(s["q"], s["k"], s["v"]))
+        return {f"{name}, no pages": peer for name, peer in found.items()}
 
 
 class AttentionVarlen(AttentionEntry):

@@ -68,6 +68,10 @@ class MoeProduct(Entry):
         self.arguments = f"{' '.join(names)} {_ROUTING} out= config= {self.options}"
         self.function = f"cute_moe.invoke_cute_{self.op}{'_fp8' if self.dtype == 'fp8' else ''}"
 
+    @property
+    def eager_is_peer(self) -> bool:
+        return self.tokens <= 64
+
     def _operand(self, make: Maker, name: str, *shape: int, scale: float = 1.0) -> Set:
         if self.dtype == "bf16":
             return {name: make.normal(*shape, scale=scale)}
