@@ -226,7 +226,7 @@ class AttentionDecode(AttentionEntry):
         s: Set = {"q": make.normal(*shape), "out": make.empty(*shape), "fresh_tokens": self.fresh, "causal": True}
         s["batch_invariant"] = self.invariant is not None
         s = paged_cache(make, s, self._lengths, self.kv_heads or self.heads, self.size, self.page, self.dtype)
-        if s["q"].is_cuda and self._gathers:
+        if self._gathers:  # for the peers
             s |= {name: gathered(s, name, self.keys) for name in "kv"}
         return s
 
@@ -255,9 +255,7 @@ class AttentionDecode(AttentionEntry):
 
     def peers(self) -> Mapping[str, Peer]:
         """On keys that lie one after another already, without a page table."""
-        if not (torch.cuda.is_available() and self._gathers):
-            return {}
-        found = by_backends(lambda s: sdpa(s["q"], s["k"], s["v"]))
+        found = by_backends(lambda s: sdpa(s["q"], s["k"], s["v"])) if self._gathers else {}
         return {f"{name}, no pages": peer for name, peer in found.items()}
 
 
