@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import kestrel_kernels as kk
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -192,3 +193,44 @@ def test_fresh_tokens(backend: Backend, room: int, options: dict[str, Any]) -> N
         cache.k.view(-1, 8, 64)[slots], cache.v.view(-1, 8, 64)[slots] = fresh[step]
         torch.cuda.synchronize()
         assert torch.equal(got[step], cache.attend(**options)[0])
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_keys_that_the_kernel_before_takes_away(backend: Backend, width: int, kv_dtype: str) -> None:
+    """It leaves 7 of 54. The others, which may have been looked at while it still ran, are NaN."""
+    cuda_only(backend)
+    import torch
+
+    def keys() -> Any:
+        values = torch.randn(54, 1, 4, width, device="cuda")
+        values[7:] = float("nan")
+        return values.to(getattr(torch, kv_dtype))
+
+    k, v = keys(), keys()
+    q = torch.randn(1, 1, 4, width, device="cuda").bfloat16()
+    table = torch.arange(54, dtype=torch.int32, device="cuda")[None]
+    used = torch.full((1, 1), 54, dtype=torch.int32, device="cuda")
+    lengths = torch.tensor([[54], [7]], dtype=torch.int32, device="cuda")
+    first, second = (torch.tensor([i], device="cuda") for i in range(2))
+    outs: list[Any] = []
+
+    def run() -> None:
+        outs.clear()
+        for _ in range(40):
+            kk.embedding_into(used, lengths, first)
+            kk.embedding_into(used, lengths, second)
+            outs.append(cute.flash_attn_with_kvcache(q, k, v, table, used[0], causal=True))
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for _ in range(5):
+        graph.replay()
+    torch.cuda.synchronize()
+    want = cute.flash_attn_with_kvcache(q, k[:7], v[:7], table[:, :7], lengths[1], causal=True)
+    assert want.isfinite().all()
+    for out in outs:
+        assert torch.allclose(out, want, rtol=0.02, atol=0.02)
