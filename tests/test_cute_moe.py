@@ -267,6 +267,19 @@ def test_few_tokens(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "block_m"), [(40, 16), (350, 1), (600, 4)])
+def test_order_of_blocks(backend: Backend, dtype: str, tokens: int, block_m: int) -> None:
+    """An expert's blocks need not be neighbours in the list, nor their padding at its end."""
+    problem = Problem(backend, dtype, draw_ids(tokens, 2, 3), 3, 64, 32, block_m)
+    ordered, blocks, used = problem.aligned
+    rng = np.random.default_rng(0)
+    order = rng.permutation(used[0] // block_m)
+    ordered[: used[0]] = rng.permuted(ordered[: used[0]].reshape(-1, block_m)[order], axis=1).reshape(-1)
+    blocks[: len(order)] = blocks[order]
+    problem.check_all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [6, 90])
 def test_padding(backend: Backend, dtype: str, tokens: int) -> None:
     """The sentinel stands for a row behind the last one: NaN, were it read, and not to be written."""
