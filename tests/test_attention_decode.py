@@ -20,7 +20,7 @@ LENGTHS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300]
 SPLIT = "FlashAttentionDecodeSm90PersistentSplitFused"
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=200)
 @given(data=st.data(), backend=st.sampled_from(BACKENDS))
 def test_combinations(data: st.DataObject, backend: Backend) -> None:
     draw = data.draw
@@ -30,8 +30,9 @@ def test_combinations(data: st.DataObject, backend: Backend) -> None:
     k_heads = draw(st.sampled_from([1, 2, 3, 4, 8] if group < 64 else [1]))
     options = draw_options(draw, len(lengths), k_heads * group, most_prefix=160, most_side=140, one_in=3)
     case = Case(
-        lengths, (k_heads * group, k_heads), draw(st.sampled_from([16, 64, 64, 72, 80, 96, 128, 128])),
-        draw(st.sampled_from(HALVES)), draw(st.sampled_from([None, None, "float8_e4m3fn"])),
+        lengths, (k_heads * group, k_heads),
+        draw(st.sampled_from([16, 64, 64, 72, 80, 96, 128, 128, 144, 240, 256, 256])), draw(st.sampled_from(HALVES)),
+        draw(st.sampled_from([None, None, "float8_e4m3fn"])),
         page_size=draw(st.sampled_from([0, 1, 1, 2, 7, 16, 64])), spare=draw(st.sampled_from([0, 5, 700])),
         options=options, seed=draw(st.integers(0, 99)),
     )  # fmt: skip
@@ -44,7 +45,9 @@ def test_combinations(data: st.DataObject, backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn"])
-@pytest.mark.parametrize(("heads", "width"), [((64, 1), 64), ((32, 32), 64), ((32, 8), 128), ((9, 3), 64)])
+@pytest.mark.parametrize(
+    ("heads", "width"), [((64, 1), 64), ((32, 32), 64), ((32, 8), 128), ((9, 3), 64), ((8, 4), 256)]
+)
 @pytest.mark.parametrize("batch", [1, 5, 40])
 def test_sizes(backend: Backend, batch: int, heads: tuple[int, int], width: int, kv_dtype: str | None) -> None:
     """What the rule chooses between, one query each and lengths far apart."""

@@ -193,6 +193,8 @@ class AttentionDecode(AttentionEntry):
         "b2 kv2100 h1 d64 bf16 page1",
         "b5 kv3-2100 h2 d64 bf16 page16",
         "b2 kv700 h2 d64 fp8 page1 invariant",
+        "b3 kv100 h4/2 d256 bf16 page16",
+        "b1 kv300 h2 d144 fp8 page1",
     )
 
     batch: int
