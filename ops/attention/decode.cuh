@@ -400,6 +400,7 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
       stored_again = stored_length(a, item.batch);
       prefix_again = prefix_of(a, item.batch);
     }
+    step = {};  // where no key is, nothing is loaded: what a trial found there would stay
     gather.load_k(step, here);
     gather.load_v(step, here);
     if (!waited) wait();
