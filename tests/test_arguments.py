@@ -1,4 +1,5 @@
-"""What a call says of an argument that is of another type than its own: one line, for arrays of every framework."""
+"""What a call says of an argument that is of another type than its own, or too large a number: one line, for arrays of
+every framework."""
 
 from __future__ import annotations
 
@@ -36,3 +37,9 @@ def test_another_type(backend: Backend, case: int) -> None:
     with pytest.raises(TypeError, match=f"^{message}") as raised:
         function(*(backend.array(random(SHAPES[name]), "bfloat16") for name in arrays), **more)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_past_64_bits(backend: Backend, seed: int) -> None:
+    with pytest.raises(ValueError, match=f"^sample_top_k: seed must fit in 64 bits, got {seed}$"):
+        sample_top_k(backend.array(random((4, 64)), "bfloat16"), 2, 1.0, seed, 0)

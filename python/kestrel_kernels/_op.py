@@ -84,17 +84,19 @@ class Op:
         except TypeError as error:
             raise self._named(error, args) from None
 
-    def _named(self, error: TypeError, args: Sequence[Any]) -> TypeError:
+    def _named(self, error: TypeError, args: Sequence[Any]) -> Exception:
         """What the binding says of an argument by its number ("Mismatched type on argument #3 when calling ...
         Expected `float` but got `None`"), as this package says it. Other errors as they are."""
         found = re.search(r"argument #(\d+)\b.*?(?:Expected `(.+?)` but got|to `(.+?)`)", str(error), re.DOTALL)
         if not found:
             return error
-        given, kind = args[int(found[1])], found[2] or found[3]
+        name, given, kind = self._arguments[int(found[1])], args[int(found[1])], found[2] or found[3]
+        if type(given) is int and kind in ("int", "float"):
+            return ValueError(f"{self.name}: {name} must fit in 64 bits, got {given}")
         inner = kind.removeprefix("Optional<").removesuffix(">")
         expected = _WORDS.get(inner, inner) + (" or None" if inner != kind else "")
         got = "None" if given is None else type(given).__name__
-        return TypeError(f"{self.name}: {self._arguments[int(found[1])]} must be {expected}, got {got}")
+        return TypeError(f"{self.name}: {name} must be {expected}, got {got}")
 
     def operator_types(self) -> str:
         """Of the operator that stands for this op in a graph; made now if it was not."""
