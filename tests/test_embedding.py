@@ -97,6 +97,15 @@ def test_nan_payloads_survive() -> None:
     assert same_bits(embedding(table, np.zeros(2, np.int64)), table[[0, 0]])
 
 
+def test_part_of_a_byte() -> None:
+    torch = pytest.importorskip("torch")
+    if not hasattr(torch, "float4_e2m1fn_x2"):
+        pytest.skip("this torch has no elements of four bits")
+    table = torch.zeros(4, 8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    with pytest.raises(TypeError, match=r"^embedding: table must have elements of whole bytes, got .* 4 bits$"):
+        embedding_into(table[:2], table, torch.tensor([0, 1]))
+
+
 @pytest.mark.skipif(not HAS_JAX, reason="JAX is not installed")
 def test_jax() -> None:
     backend = Backend("jax")

@@ -61,7 +61,7 @@ def test_residual(backend: Backend, dtype: str, shape: tuple[int, ...]) -> None:
 @settings(deadline=None, max_examples=60)
 @given(
     rows=st.integers(0, 9), width=st.integers(0, 300), offset=st.integers(0, 9), gap=st.integers(0, 9),
-    eps=st.sampled_from([0.001, 1.0]), dtype=st.sampled_from(FLOATS), backend=st.sampled_from(BACKENDS),
+    eps=st.sampled_from([0.0, 0.001, 1.0]), dtype=st.sampled_from(FLOATS), backend=st.sampled_from(BACKENDS),
     with_residual=st.booleans(),
 )  # fmt: skip
 def test_odd_shapes(

@@ -224,7 +224,8 @@ def test_philox_known_answers() -> None:
 @pytest.mark.parametrize(
     ("rows", "width", "k", "temperature", "seed", "offset"),
     [(0, 9, 3, 1.0, 0, 0), (1, 1, 1, 1.0, 0, 0), (40, 128, 128, 1.5, 0, 0), (30, 700, 40, 0.7, 1234567890123, 99),
-     (2, 49152, 40, 0.8, 7, 2**32 - 1), (9, 64, 8, 3.0, -2, 2**63 - 4), (9, 64, 8, 100.0, 2**64 - 1, 2**64 - 4)],
+     (2, 49152, 40, 0.8, 7, 2**32 - 1), (9, 64, 8, 3.0, -2, 2**63 - 4), (9, 64, 8, 100.0, 2**64 - 1, 2**64 - 4),
+     (3, 20, 9, 1.0, 2**63, 5)],
 )  # fmt: skip
 def test_sample(
     backend: Backend, dtype: str, rows: int, width: int, k: int, temperature: float, seed: int, offset: int
