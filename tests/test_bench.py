@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import re
 import sys
@@ -20,7 +21,8 @@ from kestrel_kernels._bench import measure as measure_module
 from kestrel_kernels._bench import report, results, small
 from kestrel_kernels._bench.clock import CpuClock
 from kestrel_kernels._bench.entry import Case, Entry, Maker, Set, entries, load_cases, nbytes
-from kestrel_kernels._bench.measure import HOST_TIME, measure
+from kestrel_kernels._bench.measure import HOST_TIME, Outcome, measure
+from rich.console import Console
 
 ROOT = Path(__file__).parent.parent
 CASES = load_cases()
@@ -180,6 +182,34 @@ def test_bare_products_are_no_rivals(tmp_path: Path) -> None:
     assert results.read(tmp_path / "g.json", "G") == written
     for op in ("fused_linear_residual", "fused_mlp"):
         assert entries()[op].bare == ("cublas",)
+
+
+def test_report() -> None:
+    """Who wins, what misses its target, what was not measured. A call's cost has no rival in one op of torch's."""
+
+    def outcome(op: str, case: str, us: float, target: float | None, **changes: Any) -> Outcome:
+        return Outcome(Case(op, case, target, None), row(op, case, us, **changes))
+
+    outcomes = [
+        outcome("gelu_residual", "1x1024", 1.0, 1.0),
+        outcome("gelu_residual", "64x1024", 1234.5, 1.2, peers={"torch": 99.0, "cublas": 1.9}, bare=["cublas"]),
+        outcome("fused_mlp", "729x1152x4304", 12.0, 11.9, peers={}),
+        outcome(HOST_TIME, "layernorm 1x2048", 9.0, None, peers={"torch": 3.0}),
+        Outcome(Case("moe_up", "1", None, None), missing="no kernel yet"),
+        Outcome(Case("moe_up", "4", None, None), failure="wrong result", notes=["torch: slow"]),
+    ]
+    console = Console(width=200, file=io.StringIO(), record=True)
+    report.print_report(console, outcomes, "NVIDIA H200", on_cuda=True)
+    lines = [re.sub(r"[\s│]+", " ", line).strip() for line in console.export_text().splitlines()]
+    assert "gelu_residual 1x1024 1.00 0.70 0.50 50% 1.00 1.50 torch ok" in lines
+    assert "64x1024 1,234 0.70 0.50 0% 1.20 99.0 torch; 1.90 cublas, bare over target, peer wins" in lines
+    assert "fused_mlp 729x1152x4304 12.0 0.70 0.50 4% 11.9 over target" in lines
+    assert "host_time layernorm 1x2048 9.00 3.00 torch ok" in lines
+    assert lines[-4:] == [
+        "4 cases, 1 where a peer wins, 2 over their target", "no kernel yet: moe_up (1)", "moe_up 4: torch: slow",
+        "FAILED moe_up 4: wrong result",
+    ]  # fmt: skip
+    assert report.best_peer(row(peers={"torch": 3.0, "cudnn": 2.0})) == ("cudnn", 2.0)
 
 
 def test_bare_products_are_timed_unchecked(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
