@@ -7,6 +7,8 @@ import importlib.util
 import io
 import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -184,6 +186,30 @@ def test_bare_products_are_no_rivals(tmp_path: Path) -> None:
         assert entries()[op].bare == ("cublas",)
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a source tree; a plus where it has changes, but for those that a run makes; else the version."""
+
+    def git(*args: str) -> str:
+        names = ["-c", "user.name=n", "-c", "user.email=e"]
+        return subprocess.run(["git", "-C", tmp_path, *names, *args], capture_output=True, text=True, check=True).stdout
+
+    files = [tmp_path / name for name in ("benchmarks/cases.json", "python/kestrel_kernels/a.py", "README.md")]
+    monkeypatch.setattr(kk, "__path__", [str(files[1].parent)])
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    assert results.commit() == kk.__version__
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    head = git("rev-parse", "--short=12", "HEAD").strip()
+    files[2].write_text("2")
+    assert results.commit() == head
+    files[1].write_text("2")
+    assert results.commit() == head + "+"
+
+
 def test_report() -> None:
     """Who wins, what misses its target, what was not measured. A call's cost has no rival in one op of torch's."""
 
@@ -280,6 +306,9 @@ def test_wrong_result_is_a_failure(
     command = ["gelu_residual", "--case", "1x1024", "--device", "cpu"]
     assert _bench.main(command) == 0
     assert "torch: NotImplementedError" in capsys.readouterr().out
+    monkeypatch.setattr(entries()["gelu_residual"], "eager", lambda self, s: torch.zeros_like(s["out"]))
+    assert _bench.main(command) == 0
+    assert "torch: rel_err 1.0e+00; left out" in capsys.readouterr().out
     monkeypatch.setattr(entries()["gelu_residual"], "bound", lambda self, s: lambda: None)  # writes nothing
     assert _bench.main(command) == 1
     assert "FAILED gelu_residual 1x1024: wrong result: rel_err nan" in capsys.readouterr().out

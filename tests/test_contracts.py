@@ -252,6 +252,30 @@ def test_defaults() -> None:
 
 
 @pytest.mark.parametrize(("op", "arguments"), CASES)
+def test_leading_strides(backend: Backend, op: str, arguments: dict[str, Any]) -> None:
+    """Each array, and all at once, inside a larger one of NaN or of large numbers, which stays as it is."""
+    call = Call(backend, op, arguments)
+    wholes, inner = {}, {}
+    for name, (host, dtype) in call.hosts.items():
+        if host.ndim > 1 and name != "moe_out_scale":  # the one that must be contiguous
+            larger = backend.poisoned(tuple(size + 3 for size in host.shape), dtype)
+            inside = tuple(slice(1, 1 + size) for size in host.shape)
+            outside = backend.bits(larger)
+            values = outside.copy()
+            values[inside] = backend.bits(backend.array(host, dtype))
+            wholes[name] = values, inside, outside
+    for names in [[name] for name in wholes] + [list(wholes)]:
+        larger = {name: backend.array(values, values.dtype.name) for name, (values, *_) in wholes.items()}
+        inner = {name: larger[name][wholes[name][1]] for name in names}
+        assert call.is_right(call.run(**inner)), names
+        for name in names:
+            values, inside, outside = wholes[name]
+            got = backend.bits(larger[name])
+            got[inside] = outside[inside]
+            assert got.tobytes() == outside.tobytes(), name
+
+
+@pytest.mark.parametrize(("op", "arguments"), CASES)
 def test_read_only(op: str, arguments: dict[str, Any]) -> None:
     call = Call(Backend("numpy"), op, arguments)
     for name, array in call.arrays().items():
