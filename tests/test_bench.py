@@ -22,7 +22,7 @@ from kestrel_kernels import _bench, _op
 from kestrel_kernels._bench import measure as measure_module
 from kestrel_kernels._bench import report, results, small
 from kestrel_kernels._bench.clock import CpuClock
-from kestrel_kernels._bench.entry import Case, Entry, Maker, Set, entries, load_cases, nbytes
+from kestrel_kernels._bench.entry import Case, Entry, Maker, Set, entries, frobenius, load_cases, nbytes, poison
 from kestrel_kernels._bench.measure import HOST_TIME, Outcome, measure
 from rich.console import Console
 
@@ -129,6 +129,28 @@ def test_bytes_are_no_more_than_twice_the_arguments() -> None:
 def test_small_cases_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert small.main(["--device", "cpu"]) == 0
     assert "right on cpu: gelu_residual (10 calls)" in capsys.readouterr().out
+
+
+def test_small_cases_see_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(entries()["gelu_residual"], "bound", lambda self, s: lambda: None)  # writes nothing
+    assert small.main(["--device", "cpu", "gelu_residual", "layernorm"]) == 1
+    out = capsys.readouterr().out
+    assert "right on cpu: layernorm (" in out and "WRONG gelu_residual " in out and "times the error allowed" in out
+    assert small.main(["--device", "cpu", "no_such_op"]) == 1
+    assert "right on cpu: nothing ran\nno kernel or no bench entry yet: no_such_op" in capsys.readouterr().out
+
+
+def test_error_and_poison() -> None:
+    """The norm of the difference over that of what is wanted, of all arrays together; and what makes it NaN."""
+    want = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+    assert frobenius([torch.tensor([3.0, 2.0]), torch.tensor([[4.0]])], want) == pytest.approx(0.4)
+    assert frobenius([torch.tensor([3.0, 4.0])], [torch.zeros(2)]) == pytest.approx(5.0)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        poison(array := torch.zeros(3).to(dtype))
+        assert array.float().isnan().all()
+    for dtype, most in ((torch.uint8, 0x7F), (torch.int32, 2**31 - 1)):
+        poison(array := torch.zeros(3, dtype=dtype))
+        assert array.tolist() == [most] * 3
 
 
 def test_small_cases_call_every_op(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +270,25 @@ def test_bare_products_are_timed_unchecked(quick: None, monkeypatch: pytest.Monk
         outcome = measure(Case(op, "17x130x72", None, None), CpuClock(), "all", "")
         assert outcome.row and not outcome.notes
         assert outcome.row["peers"]["cublas"] > 0 and outcome.row.get("bare") == bare
+
+
+def test_what_a_row_measures(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peers that were asked for; the floor of a product by its operations; sets made steady for repeated calls."""
+    steady: list[Set] = []
+    monkeypatch.setattr(Entry, "steady", lambda self, s: steady.append(s))
+    monkeypatch.setattr(Entry, "peers", lambda self: {})
+    monkeypatch.setattr(measure_module, "_compiled", lambda entry: entry.eager)
+    monkeypatch.setattr(CpuClock, "peak", lambda self, products: 1e6)
+    for op, case, eager in (
+        ("fp8_quant_static", "3x33", ["torch"]),
+        (HOST_TIME, "layernorm 1x2048", ["torch", "torch, one op"]),
+    ):
+        for peers, names in (("none", []), ("eager", eager), ("all", [*eager, "torch.compile"])):
+            row = measure(Case(op, case, None, None), CpuClock(), peers, "").row
+            assert row and sorted(row["peers"]) == names[: len(eager) if op == HOST_TIME else None]
+    assert steady
+    row = measure(Case("linear", "17x130x72", None, None), CpuClock(), "none", "").row
+    assert row and row["floor_us"] == results.rounded(2 * 17 * 130 * 72)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("results/*.json")), ids=lambda p: p.name)

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def test_measures_every_tile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rows = json.loads(output.read_text())["rows"]
     measured = {(r["dtype"], r["tokens"], r["kind"], json.dumps(r["tile"])) for r in rows}
     assert len(rows) == len(measured) == 3 * (len(tiles("bf16")) + len(tiles("fp8")))
-    assert all(r["right"] and r["us"] > 0 and r["rel_err"] < 6e-3 for r in rows)
+    assert all(r["right"] and r["us"] > 0 and r["rel_err"] < 6e-3 and not r["note"] for r in rows)
     table = capsys.readouterr().out
     assert "E4 H32 I16 k2 bf16" in table and "E4 H32 I16 k2 fp8" in table
 
@@ -66,7 +67,32 @@ def test_time_limit(tmp_path: Path, capsys: Any) -> None:
     assert "measurements to go; the same command goes on from" in capsys.readouterr().out
 
 
-def test_a_wrong_tile_cannot_win(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_winners_of_finished_counts_alone(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """At the time limit: of a token count that is not finished nothing is said."""
+    done: list[Key] = []
+
+    def pretended(_: Tuner, key: Key) -> Result:
+        done.append(key)
+        return Result(1.0, 1e-3, True)
+
+    monkeypatch.setattr(Tuner, "measure", pretended)
+    monkeypatch.setattr(_tune, "time", SimpleNamespace(monotonic=lambda: len(done)))  # a second each
+    limit = str(3 * len(tiles("bf16")) * 3 // 2)
+    assert _tune.main([*SMALL, "--num-tokens", "3", "4", "--gpu-time-limit", limit]) == 3
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[1] for line in table if line[1:2] in (["3"], ["4"])] == ["3"]
+
+
+def test_a_hopeless_tile_is_called_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_tune, "HOPELESS", 0)
+    monkeypatch.setattr(_tune, "LAUNCH", 0)
+    output = tmp_path / "results.json"
+    assert _tune.main([*SMALL, "--num-tokens", "3", "--output", str(output)]) == 0
+    assert {row["note"] for row in json.loads(output.read_text())["rows"]} == {"a single call"}
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_a_wrong_tile_cannot_win(value: float, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from kestrel_kernels._bench.ops.moe import MoeProduct
 
     bad = tiles("bf16")[0]
@@ -74,7 +100,7 @@ def test_a_wrong_tile_cannot_win(monkeypatch: pytest.MonkeyPatch, capsys: Any) -
 
     def bound(self: MoeProduct, s: Any) -> Any:
         call = original(self, s)
-        return (lambda: s["out"].fill_(1.0)) if s["config"] == bad else call
+        return (lambda: s["out"].fill_(value)) if s["config"] == bad else call
 
     monkeypatch.setattr(MoeProduct, "bound", bound)
     assert _tune.main([*SMALL, "--num-tokens", "3"]) == 1
@@ -97,7 +123,8 @@ def test_winners_share_a_block_size() -> None:
     found = {w.tokens: w for w in winners(rows, LAYER)}
     assert (found[1].up, found[1].down, found[8].up, found[8].down) == (low, low, high, high)
     assert set(found) == {1, 8}
-    for us, tile in ((7.0, low), (9.0, high)):  # the layer decides between block sizes
+    for us, tile in ((7.0, low), (9.0, high)):  # the layer decides between block sizes, where it is known of all
+        assert {w.tokens: w.up for w in winners(rows, LAYER)}[8] == high
         rows[Key(LAYER, 8, "layer", tile)] = Result(us, 1e-3, True)
     assert {w.tokens: w.up for w in winners(rows, LAYER)}[8] == low
 
@@ -137,6 +164,7 @@ def test_command(capsys: Any) -> None:
     assert capsys.readouterr().out.splitlines() == [str(tile) for tile in _moe_config.tiles()]
     assert _tune.main(["moe", "--topk", "9", "--experts", "8"]) == 2
     assert "--topk must be at most --experts, got 9 of 8" in capsys.readouterr().err
+    assert _tune.main([*SMALL, "--num-tokens", "1", "--topk", "4", "--gpu-time-limit", "0"]) == 3  # of 4 experts
     assert _tune.main([*SMALL, "--write-config", "somewhere"]) == 2
     if not torch.cuda.is_available():
         assert _tune.main(["moe"]) == 2
