@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kestrel_kernels import _cli, _info, _library, sample_top_k
 from kestrel_kernels.flash_attn.cute import last_kernel
-from support import BACKENDS
+from support import BACKENDS, random
 
 gguf = pytest.importorskip("gguf")
 for needed in ("jinja2", "matplotlib", "rich", "tokenizers"):
@@ -147,7 +147,7 @@ def forced(model: Model, ids: list[int], prompt: int, kv_cache_dtype: str = "aut
 
 
 @pytest.mark.parametrize(
-    ("kv_cache_dtype", "mean", "least", "same"), [("auto", 0.999, 0.99, 0.98), ("fp8", 0.995, 0.85, 0.95)]
+    ("kv_cache_dtype", "mean", "least", "same"), [("auto", 0.999, 0.99, 0.98), ("fp8", 0.9965, 0.85, 0.95)]
 )
 def test_logits(model: Model, expected: Any, kv_cache_dtype: str, mean: float, least: float, same: float) -> None:
     cosines, tops = [], []
@@ -169,6 +169,25 @@ def test_pages_do_not_matter(model: Model, tokenizer: Tokenizer, kv_cache_dtype:
     ids = tokenizer.chat("Hello")
     a, b = (forced(model, ids, len(ids) - 3, kv_cache_dtype, page_seed=seed) for seed in (1, 2))
     assert np.array_equal(a, b) and np.isfinite(a).all()
+
+
+def test_output_layer_of_its_own(model: Model) -> None:
+    """A model whose embedding is not its output layer; and what attention costs: each token sees itself and those
+    before it."""
+    config = gguf_model.Config(
+        layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, rotary_dim=16, intermediate=32, vocabulary=9, context=8,
+        norm_eps=1e-5, rotary_base=1e4, tied=False,
+    )  # fmt: skip
+    weights = {
+        n: random(shape, len(n)).astype(ml_dtypes.bfloat16) for n, shape in gguf_model.weight_shapes(config).items()
+    }
+    weights["output"][:] = 0
+    weights["output"][5] = weights["embedding"][5]
+    session = Session(Model(gguf_model.GGUFModel(config, {}, weights), model.device), 8)
+    (logits,) = session.append([3, 1, 4])
+    assert np.flatnonzero(logits).tolist() == [5]
+    (attention,) = (call for call in session.passes[0].program.calls if call.op == "attention")
+    assert attention.cost(5).flops == 2 * 2 * 4 * 16 * (3 + 4 + 5)
 
 
 def test_kernels_of_attention(model: Model) -> None:
