@@ -187,7 +187,9 @@ def test_output_layer_of_its_own(model: Model) -> None:
     (logits,) = session.append([3, 1, 4])
     assert np.flatnonzero(logits).tolist() == [5]
     (attention,) = (call for call in session.passes[0].program.calls if call.op == "attention")
-    assert attention.cost(5).flops == 2 * 2 * 4 * 16 * (3 + 4 + 5)
+    cost = attention.cost(5)
+    assert cost.flops == 2 * 2 * 4 * 16 * (3 + 4 + 5)
+    assert cost.bytes == 2 * 2 * 3 * 4 * 16 + 5 * (2 * 2 * 2 * 16 + 4)  # queries, results; keys, values, page table
 
 
 def test_kernels_of_attention(model: Model) -> None:
