@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import sys
 import types
@@ -24,6 +25,8 @@ for needed in ("jinja2", "matplotlib", "rich", "tokenizers"):
 
 from kestrel_kernels._demo import command, gguf_model  # noqa: E402
 from kestrel_kernels._demo.device import open_device  # noqa: E402
+from kestrel_kernels._demo.errors import DemoError  # noqa: E402
+from kestrel_kernels._demo.meter import Roof, Row  # noqa: E402
 from kestrel_kernels._demo.model import Model, Sampling  # noqa: E402
 from kestrel_kernels._demo.session import Generation, Session  # noqa: E402
 from kestrel_kernels._demo.tokenizer import TextStream, Tokenizer  # noqa: E402
@@ -252,6 +255,14 @@ def test_damaged_cache_is_made_anew(loaded: gguf_model.GGUFModel, tmp_path: Path
     gguf_model._write_cache(tmp_path / "model.json" / "below" / "model", loaded, np.zeros(1000, np.uint16))
 
 
+def test_roof() -> None:
+    """What binds a row of the table, and how near it came."""
+    roof = Roof(bandwidth=100.0, peak=1000.0)
+    memory, compute = Row("decode", "a", 1, 2.0, bytes=50, flops=100), Row("prefill", "b", 1, 2.0, bytes=50, flops=1000)
+    assert (memory.share(roof), memory.bound_by_memory(roof)) == (0.25, True)
+    assert (compute.share(roof), compute.bound_by_memory(roof)) == (0.5, False)
+
+
 # Tokenizer
 
 
@@ -260,6 +271,7 @@ def test_chat_tokens(tokenizer: Tokenizer) -> None:
     system += [3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2, 198]
     turn = [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 19842, 281, 582, 6330, 30, 2, 198]
     assert tokenizer.chat(command.PROMPT) == [*system, *turn, 1, 520, 9531, 198]
+    assert tokenizer.ends == set(tokenizer.encode("<|im_end|><|endoftext|>")) and len(tokenizer.ends) == 2
 
 
 def test_digits_and_special_tokens(tokenizer: Tokenizer) -> None:
@@ -345,6 +357,86 @@ def write_gguf(path: Path, architecture: str) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+SHAPES = {
+    "token_embd": (4, 32), "output_norm": (32,), "output": (4, 32), "blk.0.attn_norm": (32,), "blk.0.attn_q": (32, 32),
+    "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32), "blk.0.attn_output": (32, 32), "blk.0.ffn_norm": (32,),
+    "blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64),
+}  # fmt: skip
+
+
+def write_model(path: Path, scaled: bool = False, **changed: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """A model of one layer, whose output layer is its own; shapes of tensors may be others, () leaves one out."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in {
+        "block_count": 1, "context_length": 8, "embedding_length": 32, "feed_forward_length": 64, "head_count": 2,
+        "head_count_kv": 1, "layer_norm_rms_eps": 1e-5, "tokenizer_model": "gpt2", "tokenizer_pre": "smollm",
+        "token_list": list("abcd"), "token_types": [1] * 4, "token_merges": ["a b"], "chat_template": "x",
+        "eos_token_id": 3,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
+    if scaled:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    shapes = SHAPES | {name.replace("__", "."): shape for name, shape in changed.items()}
+    tensors = {
+        name: random(shape, seed).astype(np.float32) for seed, (name, shape) in enumerate(shapes.items()) if shape
+    }
+    for name, values in tensors.items():
+        writer.add_tensor(f"{name}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+def test_whole_model_file(tmp_path: Path) -> None:
+    """Every tensor in its place; and the cache only where file and cache are as they were."""
+    path, cache = tmp_path / "tiny.gguf", tmp_path / "cache"
+    tensors = write_model(path)
+
+    def steps() -> tuple[gguf_model.GGUFModel, bool]:
+        told: list[str] = []
+        model = gguf_model.load(path, cache, lambda what, done: told.append(what))
+        return model, "reading the model file" in told
+
+    model, anew = steps()
+    assert anew and not model.config.tied and (model.config.kv_heads, model.config.head_dim) == (1, 16)
+    stacked = {"0.qkv": ["attn_q", "attn_k", "attn_v"], "0.gate_up": ["ffn_gate", "ffn_up"]}
+    one = {
+        "embedding": "token_embd", "norm": "output_norm", "output": "output", "0.attention_norm": "blk.0.attn_norm",
+        "0.attention_out": "blk.0.attn_output", "0.mlp_norm": "blk.0.ffn_norm", "0.down": "blk.0.ffn_down",
+    }  # fmt: skip
+    want = {name: tensors[source] for name, source in one.items()}
+    want |= {name: np.concatenate([tensors[f"blk.0.{part}"] for part in parts]) for name, parts in stacked.items()}
+    assert set(model.weights) == set(want)
+    for name, values in want.items():
+        assert np.array_equal(model.weights[name], values.astype(ml_dtypes.bfloat16)), name
+    assert not steps()[1]
+    (weights,) = cache.glob("*.bf16")
+    for damaged in (weights.read_bytes() + b" ", weights.read_bytes()[:-1]):
+        weights.write_bytes(damaged)
+        assert steps()[1] and not steps()[1]
+    os.utime(path, ns=(0, 0))
+    assert steps()[1] and not steps()[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"scaled": True}, "scaled rotary positions, which this demo does not know"),
+        ({"blk__0__ffn_up": ()}, "lacks the tensor blk.0.ffn_up.weight"),
+        ({"blk__1__ffn_up": (3, 32)}, "has a tensor that this demo does not know, blk.1.ffn_up.weight"),
+        ({"blk__0__attn_k": (15, 32)}, "have 63 rows, not 64"),
+        ({"blk__0__attn_v": (17, 32)}, r"the tensor blk.0.attn_v.weight has shape \[17, 32\]"),
+        ({"blk__0__ffn_down": (32, 63)}, r"the tensor blk.0.ffn_down.weight has shape \[32, 63\]"),
+    ],
+)
+def test_other_models(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_model(tmp_path / "tiny.gguf", **changed)
+    with pytest.raises(DemoError, match=f"model file .*tiny.gguf: .*{message}"):
+        gguf_model.load(tmp_path / "tiny.gguf", None)
 
 
 def bad_model(case: str, folder: Path) -> Path:
