@@ -484,6 +484,7 @@ BAD_PACKED: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, r"cu_seqlens_k must have shape \[3\], got \[2\]", {"cu_seqlens_k": ([0, 8], "int32")}),
     (ValueError, "cu_seqlens_k must be offsets into the rows there are, got 9", {"cu_seqlens_k": ([0, 3, 9], "int32")}),
     (ValueError, "max_seqlen_q must be at least the longest sequence, got 2 for a length of 3", {"max_seqlen_q": 2}),
+    (ValueError, "max_seqlen_q must be 0 or more, got -1", {"max_seqlen_q": -1}),
     (ValueError, "max_seqlen_k must be at least the longest sequence, got 4 for a length of 5", {"max_seqlen_k": 4}),
     (ValueError, "seqused_k must be within the keys, got 4", {"seqused_k": ([4, 5], "int32")}),
     (ValueError, r"k must have shape \[2, Sk, Hk, 16\], got \[8, 1, 16\]", {"cu_seqlens_k": None}),

@@ -134,8 +134,11 @@ def of_two_dimensions(op: str) -> tuple[str, dict[str, Any]]:
 FP8_LAYER = FUSED | {
     "w_up": (E4M3, 2, 12, 8), "w_up_scale": (F32, 2, 12), "w_down": (E4M3, 2, 8, 6), "w_down_scale": (F32, 2, 8)
 }  # fmt: skip
+PACKED_KEYS = CALLS["flash_attn_func"] | {
+    "k": (BF16, 7, 2, 8), "v": (BF16, 7, 2, 8), "cu_seqlens_k": (I32, [0, 3, 7])
+}  # fmt: skip
 TWO = ("rotary_embedding", "rope_and_cache", "tau_tail_apply_into", "merge_state", "linear", "fused_mlp")
-CASES = [*CALLS.items(), ("fused_moe", FP8_LAYER), *map(of_two_dimensions, TWO)]
+CASES = [*CALLS.items(), ("fused_moe", FP8_LAYER), ("flash_attn_func", PACKED_KEYS), *map(of_two_dimensions, TWO)]
 dir(kestrel_kernels)  # imports all modules, and so knows all ops
 
 

@@ -186,6 +186,9 @@ def test_expert_map(backend: Backend, dtype: str, ranks: int) -> None:
     nowhere.expert_map = np.full(8, -1)
     assert not nowhere.run().any()
     assert np.array_equal(whole.run(expert_map=backend.array([], "int32")), whole.run())
+    last = Layer(backend, dtype, whole.ids + 1016, 8, 136, 24)  # of as many as there may be
+    last.expert_map = np.arange(1024) % 8
+    last.check(last.run(), whole.want())
 
 
 def test_deep(backend: Backend) -> None:
