@@ -53,6 +53,23 @@ def test_info_paths(capsys: pytest.CaptureFixture[str]) -> None:
     assert (info("--lib-dir", capsys) / "libkestrel.so").is_file()
 
 
+def test_info_asks_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own tool, whose complaints are no GPUs."""
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _info.gpus() == []
+    for status, found in ((0, ["0, NVIDIA H200, 9.0, 580.0"]), (9, [])):
+        tool.write_text(f"#!/bin/sh\necho 0, NVIDIA H200, 9.0, 580.0\nexit {status}\n")
+        tool.chmod(0o755)
+        assert _info.gpus() == found
+
+
+def test_info_without_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert _info.main(["attention", "--case", "b1 kv740 h32 d64 bf16 page1"]) == 2
+    assert capsys.readouterr().err == "kestrel-kernels info: the bench, whose cases these are, needs torch\n"
+
+
 def test_info_without_a_build(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(kestrel_kernels, "__path__", ["/nowhere"])
     assert _info.main(["--cmake-dir"]) == 1
