@@ -12,7 +12,7 @@ from typing import Any
 import kestrel_kernels
 import numpy as np
 import pytest
-from kestrel_kernels import _op
+from kestrel_kernels import _moe_config, _op
 from support import Backend, random
 
 # Of each op the arguments of a good call. Arrays: dtype and shape, or their values; integers ascend from 0 where none
@@ -180,9 +180,9 @@ class Call:
 
     def run(self, **changed: Any) -> dict[str, np.ndarray]:
         """What the arrays hold afterwards. An error leaves all of them as they are, and comes through."""
-        arrays = self.arrays() | changed
+        arguments = {"workspace": self.workspace} | self.arguments | self.arrays() | changed
+        arrays = {name: arguments[name] for name in self.hosts}
         before = self.bits(arrays)
-        arguments = {"workspace": self.workspace} | self.arguments | arrays
         try:
             self.op.call(*(arguments[name] for name in self.op._arguments))
         except (TypeError, ValueError) as error:
@@ -230,10 +230,30 @@ def test_a_little_wrong(backend: Backend, op: str, arguments: dict[str, Any], mo
     for name in call.hosts:
         for what, array in changes(call, name):
             try:
-                got = call.run(**{name: array})
-            except (TypeError, ValueError):
-                continue
-            assert call.is_right(got), (name, what)
+                right = call.is_right(call.run(**{name: array})) and what not in ("dtype", "rank 7")
+            except ValueError:
+                right = what != "dtype"
+            except TypeError:
+                right = what == "dtype"
+            assert right, (name, what)
+
+
+@pytest.mark.parametrize("op", ["moe_up", "moe_down", "fused_moe"])
+def test_tiles(backend: Backend, op: str) -> None:
+    call = Call(backend, op, CALLS[op])
+    numbers = [{i for tile, i in _moe_config.tiles().items() if tile.dtype == dtype} for dtype in ("bf16", "fp8")]
+    wrong = [
+        ({"tile": 10**6}, "tile must be below the number of compiled tiles, got 1000000"),
+        ({"tile": min(numbers[1] - numbers[0])}, "tile must be one of this dtype's, got "),
+        ({"tile": min(numbers[0])}, "block_m must be as high as the tile, got 2"),
+        ({"block_m": 0}, "block_m must be .*, got 0"),
+        ({"block_m": 2**31}, "block_m must be .*, got 2147483648"),
+    ]
+    if op == "fused_moe":
+        wrong.append(({"block_m": 2**31 - 1}, "topk_ids must be of less than 2.31 elements, padded to whole blocks"))
+    for changed, message in wrong:
+        with pytest.raises(ValueError, match=f"^{op}: {message}"):
+            call.run(**changed)
 
 
 def test_every_op() -> None:

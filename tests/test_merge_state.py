@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -127,3 +128,12 @@ def test_bad_input(backend: Backend, case: int) -> None:
     with pytest.raises(error, match=f"^merge_state: {message}"):
         cute.merge_state_into(**arguments)
     assert np.isnan(backend.numpy(arguments["out"])).all() and np.isnan(backend.numpy(arguments["lse"])).all()
+
+
+@pytest.mark.parametrize("shape", [(6, 2, 8), (3, 6, 2, 8)])
+def test_tokens_before_heads(backend: Backend, shape: tuple[int, ...]) -> None:
+    """All three of lse in the order of out."""
+    out, lse = backend.poisoned(shape, "bfloat16"), backend.poisoned(shape[:-1], "float32")
+    want = [*shape[:-3], shape[-2], shape[-3]]
+    with pytest.raises(ValueError, match=re.escape(f"merge_state: lse_a must have shape {want}, got {[*shape[:-1]]}")):
+        cute.merge_state_into(out, lse, out, lse, out, lse)
