@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from kestrel_kernels.activation import silu_and_mul, silu_and_mul_into
 from kestrel_kernels.cute_moe import fused_moe
 from kestrel_kernels.flash_attn.cute import flash_attn_func
 from kestrel_kernels.fused_linear_residual_ops import linear
@@ -43,3 +44,15 @@ def test_another_type(backend: Backend, case: int) -> None:
 def test_past_64_bits(backend: Backend, seed: int) -> None:
     with pytest.raises(ValueError, match=f"^sample_top_k: seed must fit in 64 bits, got {seed}$"):
         sample_top_k(backend.array(random((4, 64)), "bfloat16"), 2, 1.0, seed, 0)
+
+
+def test_subclass_of_a_tensor() -> None:
+    torch = pytest.importorskip("torch")
+
+    class Mine(torch.Tensor):  # type: ignore[misc, name-defined]
+        pass
+
+    x = torch.randn(2, 8)
+    out = torch.empty(2, 4)
+    silu_and_mul_into(out, x.as_subclass(Mine))
+    assert torch.equal(out, silu_and_mul(x))
