@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("ops", nargs="*", metavar="OP", help="ops to run (default: all); --list names them")
     parser.add_argument("--case", action="append", metavar="NAME", help="only cases of this name; may be repeated")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--json", type=Path, metavar="FILE", help="put the rows into FILE, replacing those run before")
     parser.add_argument(
         "--peers",
