@@ -70,7 +70,8 @@ class Backend:
         host = self.bits(array)
         if self.framework == "cupy" and host.dtype == np.uint8:
             host = host.view(numpy_dtype("float8_e4m3fn"))
-        return host if host.dtype.kind in "iub" else host.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            return host if host.dtype.kind in "iub" else host.astype(np.float64)
 
     def bits(self, array: Any) -> np.ndarray:
         """A NumPy copy in the array's own dtype."""
