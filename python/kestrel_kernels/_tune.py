@@ -291,7 +291,9 @@ def _parser() -> argparse.ArgumentParser:
         help="put the winners into FOLDER (default: the package's configs)",
     )  # fmt: skip
     parser.add_argument("--gpu-time-limit", type=float, metavar="SECONDS", help="begin no measurement after as long")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda; cpu: the twins, for a trial"
+    )
     parser.add_argument("--list", action="store_true", help="list the compiled tiles, and end")
     return parser
 

@@ -124,6 +124,9 @@ class Entry:
         """From other libraries, those that can be imported."""
         return {}
 
+    def add_for_peers(self, s: Set) -> None:
+        """Puts into a set what peers need besides and is no part of what is timed."""
+
     def peer_results(self, returned: Any) -> Sequence[torch.Tensor]:
         """The same of what `eager` or a peer gave back."""
         return returned if isinstance(returned, tuple | list) else [returned]

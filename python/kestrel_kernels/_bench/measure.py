@@ -74,7 +74,10 @@ def _row(entry: Entry, clock: Clock, peers: str, notes: list[str]) -> results.Ro
         entry.steady(s)
     cold, warm = clock.time([entry.bound(s) for s in sets])
     times: dict[str, float] = {}
-    for name, peer in _peers(entry, peers).items():
+    others = _peers(entry, peers)
+    for s in sets if others else ():
+        entry.add_for_peers(s)
+    for name, peer in others.items():
         try:
             if name not in entry.bare and (fault := _fault(entry, entry.inputs(make), peer)):
                 notes.append(f"{name}: {fault}; left out")
@@ -124,6 +127,7 @@ def _compiled(entry: Entry) -> Peer:
 
 def _fault(entry: Entry, s: Set, peer: Peer) -> str:
     """What is wrong with a peer's answer; "" where it is right, or where it returns none to look at."""
+    entry.add_for_peers(s)
     error = entry.peer_error(s, peer)
     return "" if error <= 5 * entry.tolerance else f"rel_err {error:.1e}"
 

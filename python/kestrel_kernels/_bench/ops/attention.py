@@ -227,14 +227,7 @@ class AttentionDecode(AttentionEntry):
         shape = (self.batch, 1, self.heads, self.size)
         s: Set = {"q": make.normal(*shape), "out": make.empty(*shape), "fresh_tokens": self.fresh, "causal": True}
         s["batch_invariant"] = self.invariant is not None
-        s = paged_cache(make, s, self._lengths, self.kv_heads or self.heads, self.size, self.page, self.dtype)
-        if self._gathers:  # for the peers
-            s |= {name: gathered(s, name, self.keys) for name in "kv"}
-        return s
-
-    @property
-    def _gathers(self) -> bool:
-        return self.dtype == "bf16" and self.least is None
+        return paged_cache(make, s, self._lengths, self.kv_heads or self.heads, self.size, self.page, self.dtype)
 
     @property
     def bytes(self) -> int:
@@ -257,8 +250,14 @@ class AttentionDecode(AttentionEntry):
 
     def peers(self) -> Mapping[str, Peer]:
         """On keys that lie one after another already, without a page table."""
-        found = by_backends(lambda s: sdpa(s["q"], s["k"], s["v"])) if self._gathers else {}
+        if self.dtype == "fp8" or self.least is not None:
+            return {}
+        found = by_backends(lambda s: sdpa(s["q"], s["k"], s["v"]))
         return {f"{name}, no pages": peer for name, peer in found.items()}
+
+    def add_for_peers(self, s: Set) -> None:
+        if self.peers():
+            s |= {name: gathered(s, name, self.keys) for name in "kv"}
 
 
 class AttentionVarlen(AttentionEntry):
