@@ -4,6 +4,7 @@ keys that the kernel before has only just written."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import kestrel_kernels as kk
@@ -105,6 +106,20 @@ def cuda_only(backend: Backend) -> None:
         pytest.skip("graphs and streams are torch's here")
 
 
+def replay(run: Callable[[], None]) -> None:
+    """Once as it is, then five times as a graph."""
+    import torch
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for _ in range(5):
+        graph.replay()
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("options", [{}, {"num_splits": 7}, {"fresh_tokens": 1}, {"batch_invariant": True}])
 @pytest.mark.parametrize(("batch", "room"), [(1, 8192), (1, 1024), (6, 6000), (40, 300)])
 def test_replays(backend: Backend, batch: int, room: int, options: dict[str, Any]) -> None:
@@ -174,22 +189,15 @@ def test_fresh_tokens(backend: Backend, room: int, options: dict[str, Any]) -> N
     one = torch.ones(1, device="cuda")
     outs: list[Any] = []
 
-    def run(write: Any) -> None:
+    slots = cache.table[:, -1].long()
+
+    def run() -> None:
         outs.clear()
-        for step in range(steps):
-            write(fresh[step])
+        for k, v in fresh:
+            kv_cache_write.reshape_and_cache_flash(k, v, cache.k, cache.v, slots, "auto", one, one)
             outs.append(cache.attend(**options)[0])
 
-    slots = cache.table[:, -1].long()
-    kv_cache_write.reshape_and_cache_flash(fresh[0, 0], fresh[0, 1], cache.k, cache.v, slots, "auto", one, one)
-    run(lambda x: kv_cache_write.reshape_and_cache_flash(x[0], x[1], cache.k, cache.v, slots, "auto", one, one))
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run(lambda x: kv_cache_write.reshape_and_cache_flash(x[0], x[1], cache.k, cache.v, slots, "auto", one, one))
-    for _ in range(5):
-        graph.replay()
-    torch.cuda.synchronize()
+    replay(run)
     got = [x.clone() for x in outs]
 
     for step in range(steps):
@@ -225,14 +233,7 @@ def test_keys_that_the_kernel_before_takes_away(backend: Backend, width: int, kv
             kk.embedding_into(used, lengths, second)
             outs.append(cute.flash_attn_with_kvcache(q, k, v, table, used[0], causal=True))
 
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    for _ in range(5):
-        graph.replay()
-    torch.cuda.synchronize()
+    replay(run)
     want = cute.flash_attn_with_kvcache(q, k[:7], v[:7], table[:, :7], lengths[1], causal=True)
     assert want.isfinite().all()
     for out in outs:

@@ -278,7 +278,7 @@ def test_defaults() -> None:
 def test_leading_strides(backend: Backend, op: str, arguments: dict[str, Any]) -> None:
     """Each array, and all at once, inside a larger one of NaN or of large numbers, which stays as it is."""
     call = Call(backend, op, arguments)
-    wholes, inner = {}, {}
+    wholes = {}
     for name, (host, dtype) in call.hosts.items():
         if host.ndim > 1 and name != "moe_out_scale":  # the one that must be contiguous
             larger = backend.poisoned(tuple(size + 3 for size in host.shape), dtype)
