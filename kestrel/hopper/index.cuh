@@ -14,6 +14,9 @@ struct DeviceIndices {
   __device__ __forceinline__ int64_t at(int64_t offset) const {
     return wide ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
   }
+  __device__ __forceinline__ const void* address(int64_t offset) const {
+    return static_cast<const char*>(data) + (wide ? 8 : 4) * offset;
+  }
 };
 
 // The same for small calls, whose time is the chain index -> row: two loads of a word and no branch between.

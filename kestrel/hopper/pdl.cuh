@@ -52,6 +52,15 @@ __device__ __forceinline__ void release_successor() {
 // there. Unlike a load it keeps no load of another block on the SM waiting.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+// What a block is about to read may be asked for before the wait, each line by the one thread whose data begin it. It
+// pays in small grids, whose blocks start while the predecessor's still run: gelu_residual 64x1024 takes 1.00 us
+// instead of 1.23, rmsnorm_residual 1x2048 0.99 instead of 1.26. In large ones the loads come right behind, and both
+// are slower: moe_sum 740x8x2048 8.8 us instead of 7.6.
+__device__ __forceinline__ bool starts_early() { return gridDim.x * gridDim.y <= 768; }
+__device__ __forceinline__ void prefetch_line(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 128 == 0) prefetch(p);
+}
+
 // Wait and trigger, for a norm. Of few rows it triggers first: a token through SmolLM2-135M takes 440 us instead of
 // 509. Blocks of many would be in each other's way (layernorm 729x1152: 2.66 us instead of 2.22).
 __device__ __forceinline__ void wait_and_release(int64_t rows) {

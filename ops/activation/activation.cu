@@ -29,6 +29,10 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const __grid_const
   uint32_t row, column;
   args.vectors_per_row(vector, &row, &column);
   const T* x = args.x + row * args.x_stride + column * kVec;
+  if (starts_early() && vector < args.vectors) {
+    prefetch_line(x);
+    prefetch_line(x + args.width);
+  }
   wait_for_predecessor();
   release_successor();
   if (vector >= args.vectors) return;

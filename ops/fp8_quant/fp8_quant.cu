@@ -42,7 +42,14 @@ __global__ void __launch_bounds__(kRowThreads<kLanes>) fp8_quant_row_kernel(cons
   e4m3* out_row = args.out + row * args.out_stride;
   compute_now(x_row);
   if constexpr (sizeof(T) == 4) release_successor();
-  if constexpr (!kSettled) wait_for_predecessor();
+  if constexpr (!kSettled) {
+    if (starts_early() && row < args.rows) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v)
+        if (column(v) < width) prefetch_line(x_row + column(v));
+    }
+    wait_for_predecessor();
+  }
   release_successor();
   if (row >= args.rows) {  // whole warps
     if constexpr (kSettled) wait_for_predecessor();

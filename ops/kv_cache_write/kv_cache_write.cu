@@ -40,6 +40,11 @@ __global__ void __launch_bounds__(kThreads) kv_cache_write_kernel(const __grid_c
   args.vectors_per_head(rest, &head, &column);
   const T* source = (is_value ? args.value : args.key) + token * args.token + head * args.head + column * kVec;
   const float scale = (is_value ? args.v_scale : args.k_scale).at(vector < args.vectors ? head : 0);
+  if (starts_early() && vector < args.vectors) {
+    prefetch(args.slots.address(token));
+#pragma unroll
+    for (int p = 0; p < kVec / kPart; ++p) prefetch_line(source + p * kPart);
+  }
   wait_for_predecessor();
   release_successor();
   if (vector >= args.vectors) return;

@@ -17,6 +17,7 @@ struct Slots {
         count(args.pages * args.page_size),
         page_size(args.page_size) {}
   __device__ __forceinline__ int64_t at(int64_t token) const { return indices.at(token * stride); }
+  __device__ __forceinline__ const void* address(int64_t token) const { return indices.address(token * stride); }
 };
 
 struct Place {

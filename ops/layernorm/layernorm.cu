@@ -95,6 +95,10 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks)
     bias[v] = load<Tile::kSize>(args.bias + column(v));
   }
   compute_now(x_row);
+  if (row < args.rows) {  // of many rows, too: 2916x1152 4.40 us instead of 4.90 (3.7 instead of 3.5 from L2)
+#pragma unroll
+    for (int v = 0; v < Tile::kVectors; ++v) prefetch_line(x_row + column(v));
+  }
   wait_and_release(args.rows);
   if (row >= args.rows) return;  // whole warps: a row of more lanes has its block alone
 #pragma unroll

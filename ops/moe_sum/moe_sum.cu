@@ -39,6 +39,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) moe_sum_kernel(const __g
   uint32_t token, column;
   args.vectors_per_row(vector, &token, &column);
   const T* x = args.x + token * args.token_stride + uint64_t{column} * kVec;
+  if (kExperts > 0 && starts_early() && vector < args.vectors) {
+#pragma unroll
+    for (int k = 0; k < kExperts; ++k) prefetch_line(x + k * args.expert_stride);
+  }
   wait_for_predecessor();
   release_successor();
   if (vector >= args.vectors) return;

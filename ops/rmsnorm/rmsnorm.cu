@@ -114,6 +114,13 @@ __global__ void __launch_bounds__(kTileThreads, kMinBlocks<T>)
   Vec<T, kSize> x[kVectors], weight[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) weight[v] = load<kSize>(args.weight + column(v));
+  if (starts_early() && row < args.rows) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      prefetch_line(x_row + column(v));
+      if constexpr (kResidual) prefetch_line(residual_row + column(v));
+    }
+  }
   wait_and_release(args.rows);
   if (row >= args.rows) return;  // whole warps: a row of more lanes has its block alone
 #pragma unroll

@@ -62,6 +62,10 @@ __global__ void __launch_bounds__(kHeadThreads, kBlocks)
   float scale = 1.0f;
   if constexpr (kScaled)
     if (which != kQuery) scale = (which == kKey ? args.k_scale : args.v_scale).at(own);
+  if (starts_early() && lane.any) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) prefetch_line(lane.inside(i) ? x + i * step : x);
+  }
   wait_for_predecessor();
   release_successor();
   if (!lane.any) return;

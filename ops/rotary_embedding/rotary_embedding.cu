@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kHeadThreads, kBlocks<kLoads>)
   compute_now(table);
   compute_now(position_at);
   prefetch(lane.any ? position_at : args.positions.data);
-  prefetch(lane.any ? x : side.x);
+  prefetch_line(lane.any ? x : side.x);
   wait_for_predecessor();
   release_successor();
   if (!lane.any) return;

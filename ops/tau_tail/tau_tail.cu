@@ -44,6 +44,8 @@ __global__ void __launch_bounds__(kHeadThreads, kBlocks)
   compute_now(position_at);
   prefetch(lane.any ? position_at : args.positions.data);
   prefetch(lane.any ? tok_at : args.tok);
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) prefetch_line(lane.any && lane.inside(i) ? x + i * step : side.x);
   wait_for_predecessor();
   release_successor();
   if (!lane.any) return;
