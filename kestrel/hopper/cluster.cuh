@@ -65,6 +65,11 @@ __device__ __forceinline__ void arrive_in_cluster(uint32_t barrier) {
 }
 
 // st.shared::cluster
+__device__ __forceinline__ void store_in_cluster(uint32_t address, uint32_t value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+#endif
+}
 __device__ __forceinline__ void store_in_cluster(uint32_t address, float4 value) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value.x), "f"(value.y),

@@ -2,11 +2,14 @@
 // its own, plus those before it in its warp (ballots over the bits of the id). Counts are packed, two experts to a
 // word; one thread adds up the warps' counts of a pair. No atomics decide a place: they only add integers. Up to 1024
 // assignments one block does all, above 256 of them in shared memory first: scattered stores leave an SM one at a time.
-// Up to 8192 each block of 512 counts all of them itself; beyond, a kernel before it counts 128 pieces. Few assignments
-// are bound by latency, many by instructions and scattered stores. A LoRA is a row of the grid.
+// Up to 8192 the blocks of a cluster exchange their counts; below sm_90, and with more than 512 experts, each block of
+// 512 assignments counts all of them itself. Beyond 8192 a kernel before counts 128 pieces. Few assignments are bound
+// by latency, many by instructions and scattered stores. A LoRA is a row of the grid.
 #include <algorithm>
 
+#include "kestrel/hopper/cluster.cuh"
 #include "kestrel/hopper/divide.cuh"
+#include "kestrel/hopper/mbarrier.cuh"
 #include "kestrel/hopper/pdl.cuh"
 #include "kestrel/hopper/warp.cuh"
 #include "kestrel/launch.h"
@@ -20,6 +23,8 @@ constexpr uint32_t kNone = ~0u;
 constexpr int64_t kInOneBlock = 1024, kUnstaged = 256;  // assignments
 constexpr int64_t kStagedBytes = 128 * 1024;
 constexpr int64_t kRecountChunk = 512;
+constexpr uint32_t kClusterBlocks = 16;
+constexpr int kClusterThreads = kAlignInOne / kClusterBlocks;  // at most, and experts: more are counted again sooner
 constexpr int64_t kSpareBlock = 16384;  // elements behind the last place that one more block fills
 
 // A group: its first block, and the id that expert_ids gets, negative where the expert lives elsewhere.
@@ -36,6 +41,11 @@ struct Routing {
   Divider<uint32_t> slots;
   uint32_t assignments, experts;
 
+  __device__ __forceinline__ void prefetch_id(uint32_t assignment) const {
+    uint32_t token, slot;
+    slots(assignment, &token, &slot);
+    prefetch(ids + token * ids_stride + slot);
+  }
   // What stands in topk_ids, or kNone where the token is another LoRA's. kFlat: no LoRAs, and ids without gaps.
   template <bool kLora, bool kFlat = false>
   __device__ __forceinline__ uint32_t id(uint32_t assignment, uint32_t lora) const {
@@ -181,6 +191,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) align_block_kernel(const __g
   if constexpr (kStaged) fill(staged, args.most, sentinel);
   uint32_t expert = kNone;
   const bool has_one = threadIdx.x < routing.assignments;
+  if (has_one) routing.prefetch_id(threadIdx.x);
   wait_for_predecessor();
   release_successor();
 
@@ -265,8 +276,113 @@ __global__ void __launch_bounds__(kThreads) align_count_kernel(const __grid_cons
     args.counts[(uint64_t{lora} * gridDim.x + blockIdx.x) * experts + threadIdx.x] = counts[threadIdx.x];
 }
 
+// Padding of the groups and what lies behind the last one, shared out among the blocks.
+__device__ __forceinline__ void fill_rest(const ChunkArgs& args, const Group* groups, const uint32_t* totals,
+                                          uint32_t all_blocks, int32_t* sorted, int32_t* expert_ids) {
+  const Outputs& out = args.out;
+  const uint32_t chunk = blockIdx.x, chunks = gridDim.x, warps = blockDim.x / kWarp;
+  const auto sentinel = static_cast<int32_t>(args.routing.assignments);
+  for (uint32_t e = chunk + threadIdx.x / kWarp * chunks; e < args.routing.experts; e += chunks * warps) {
+    const Group group = groups[e];
+    if (group.local < 0) continue;
+    const int64_t start = int64_t{group.first} * out.block_size;
+    const int64_t end = start + int64_t{out.blocks(totals[e])} * out.block_size;
+#pragma unroll 1
+    for (int64_t i = start + totals[e] + threadIdx.x % kWarp; i < end; i += kWarp) sorted[i] = sentinel;
+  }
+  const int64_t thread = int64_t{chunk} * blockDim.x + threadIdx.x, threads = int64_t{chunks} * blockDim.x;
+#pragma unroll 1
+  for (int64_t i = int64_t{all_blocks} * out.block_size + thread; i < out.sorted_size; i += threads)
+    sorted[i] = sentinel;
+#pragma unroll 1
+  for (int64_t i = all_blocks + thread; i < out.expert_ids_size; i += threads) expert_ids[i] = 0;
+}
+
+// A cluster of kClusterBlocks. A thread has one assignment, in order one of the same block's.
+template <int kBits>
+__global__ void __launch_bounds__(kClusterThreads) align_cluster_kernel(const __grid_constant__ ChunkArgs args) {
+  extern __shared__ __align__(16) uint32_t memory[];
+  const Routing& routing = args.routing;
+  const Outputs& out = args.out;
+  const uint32_t lora = blockIdx.y, chunk = blockIdx.x, experts = routing.experts;
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int expert_warps = (experts + kWarp - 1) / kWarp;
+  int32_t* sorted = out.sorted + lora * out.sorted_stride;
+  int32_t* expert_ids = out.expert_ids + lora * out.expert_ids_stride;
+  const Shared shared(memory, args.pairs, warps);
+  uint32_t* chunk_counts = shared.rest;                            // [chunks, pairs]
+  uint32_t* earlier = chunk_counts + kClusterBlocks * args.pairs;  // by expert: assignments in chunks before this one
+  uint32_t* totals = earlier + 2 * args.pairs;                     // by expert
+  uint32_t* starts = totals + 2 * args.pairs;                      // by expert: of its own in order
+  uint32_t* ordered = starts + 2 * args.pairs;  // the chunk's assignments by expert: the expert above, below which one
+  uint32_t* counts = shared.counts + warp * args.pairs;
+  cluster_begun_arrive();
+#pragma unroll 1
+  for (uint32_t pair = lane; pair < args.pairs; pair += kWarp) counts[pair] = 0;
+  const uint32_t assignment = chunk * args.chunk + threadIdx.x;
+  const bool has_one = threadIdx.x < args.chunk && assignment < routing.assignments;
+  if (has_one) routing.prefetch_id(assignment);
+  __syncwarp();
+  wait_for_predecessor();
+  release_successor();
+
+  const uint32_t expert = has_one ? routing.expert(routing.template id<true>(assignment, lora)) : kNone;
+  const int32_t local = routing.local(threadIdx.x);
+  auto* mine = reinterpret_cast<uint16_t*>(counts);
+  const uint32_t peers = peers_of<kBits>(expert), rank = __popc(peers & lanes_before());
+  if (expert != kNone && rank == 0) mine[expert] = static_cast<uint16_t>(__popc(peers));
+  cluster_begun_wait();
+  __syncthreads();
+  if (threadIdx.x < args.pairs) {
+    const uint32_t both = add_up_warps<kClusterThreads / kWarp>(shared.counts + threadIdx.x, args.pairs, warps);
+    const uint32_t to = shared_address(chunk_counts + chunk * args.pairs + threadIdx.x);
+#pragma unroll
+    for (uint32_t block = 0; block < kClusterBlocks; ++block) store_in_cluster(address_in(to, block), both);
+  }
+  cluster_sync();
+
+  uint32_t blocks = 0, own = 0, up_to = 0;  // up_to: blocks above, below them the chunk's own
+  if (warp < expert_warps) {
+    if (threadIdx.x < experts) {
+      const auto* count = reinterpret_cast<const uint16_t*>(chunk_counts) + threadIdx.x;
+      uint32_t before = 0, total = 0;
+#pragma unroll
+      for (uint32_t c = 0; c < kClusterBlocks; ++c, count += 2 * args.pairs) {
+        if (c == chunk) {
+          before = total;
+          own = *count;
+        }
+        total += *count;
+      }
+      earlier[threadIdx.x] = before;
+      totals[threadIdx.x] = total;
+      if (local >= 0) blocks = out.blocks(total);
+    }
+    up_to = sum_up_to_lane(blocks << 16 | own);
+    if (lane == kWarp - 1) shared.sums[warp] = up_to;
+  }
+  __syncthreads();
+  const uint32_t sums = lane < expert_warps ? shared.sums[lane] : 0, all = __reduce_add_sync(~0u, sums);
+  up_to += __reduce_add_sync(~0u, lane < warp ? sums : 0);
+  if (threadIdx.x < experts) {
+    shared.groups[threadIdx.x] = {(up_to >> 16) - blocks, local};
+    starts[threadIdx.x] = (up_to & 0xffff) - own;
+  }
+  if (chunk == 0 && threadIdx.x == 0) out.write_total(lora, all >> 16);
+  __syncthreads();
+
+  if (expert != kNone) ordered[starts[expert] + mine[expert] + rank] = expert << 16 | assignment;
+  __syncthreads();
+  if (threadIdx.x < (all & 0xffff)) {
+    const uint32_t entry = ordered[threadIdx.x], of = entry >> 16;
+    const Group group = shared.groups[of];
+    if (group.local >= 0) out.place(sorted, expert_ids, group, earlier[of] + threadIdx.x - starts[of], entry & 0xffff);
+  }
+  fill_rest(args, shared.groups, totals, all >> 16, sorted, expert_ids);
+}
+
 // Each block adds up the counts of all chunks itself, or (kRecount) counts all assignments; then it places its chunk,
-// 1024 of them at a time. Padding and what lies behind the last group are shared out among the blocks.
+// 1024 of them at a time.
 template <bool kRecount, bool kFlat>
 __global__ void __launch_bounds__(kThreads) align_place_kernel(const __grid_constant__ ChunkArgs args) {
   constexpr int kWarps = kThreads / kWarp;
@@ -275,7 +391,6 @@ __global__ void __launch_bounds__(kThreads) align_place_kernel(const __grid_cons
   const Outputs& out = args.out;
   const uint32_t lora = blockIdx.y, chunk = blockIdx.x, chunks = gridDim.x, experts = routing.experts;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, expert_warps = (experts + kWarp - 1) / kWarp;
-  const auto sentinel = static_cast<int32_t>(routing.assignments);
   int32_t* sorted = out.sorted + lora * out.sorted_stride;
   int32_t* expert_ids = out.expert_ids + lora * out.expert_ids_stride;
   const Shared shared(memory, args.pairs, kWarps);
@@ -340,20 +455,7 @@ __global__ void __launch_bounds__(kThreads) align_place_kernel(const __grid_cons
   if (chunk == 0 && threadIdx.x == 0) out.write_total(lora, all_blocks);
   __syncthreads();
 
-  for (uint32_t e = chunk + warp * chunks; e < experts; e += chunks * kWarps) {
-    const Group group = shared.groups[e];
-    if (group.local < 0) continue;
-    const int64_t start = int64_t{group.first} * out.block_size;
-    const int64_t end = start + int64_t{out.blocks(totals[e])} * out.block_size;
-#pragma unroll 1
-    for (int64_t i = start + totals[e] + lane; i < end; i += kWarp) sorted[i] = sentinel;
-  }
-  const int64_t thread = int64_t{chunk} * kThreads + threadIdx.x, threads = int64_t{chunks} * kThreads;
-#pragma unroll 1
-  for (int64_t i = int64_t{all_blocks} * out.block_size + thread; i < out.sorted_size; i += threads)
-    sorted[i] = sentinel;
-#pragma unroll 1
-  for (int64_t i = all_blocks + thread; i < out.expert_ids_size; i += threads) expert_ids[i] = 0;
+  fill_rest(args, shared.groups, totals, all_blocks, sorted, expert_ids);
 
   auto* mine = reinterpret_cast<uint16_t*>(counts);
   for (uint32_t tile = begin; tile < last; tile += kThreads) {
@@ -434,16 +536,24 @@ void moe_align(Stream stream, const MoeAlignArgs& a) {
                     static_cast<uint32_t>(a.block_size),
                     a.wide_total};
   if (a.assignments <= kInOneBlock && a.most <= kStagedBytes / 4) return align_in_block(stream, a, routing, out);
-  const bool recount = a.assignments <= kAlignInOne;
-  const int64_t tiles = ceil_div(ceil_div(a.assignments, kAlignChunks), kThreads);
-  const int64_t chunk = recount ? kRecountChunk : tiles * kThreads;
-  const int pairs = pairs_of(a.experts);
+  const int pairs = pairs_of(a.experts), loras = static_cast<int>(a.loras);
+  const bool in_one = a.assignments <= kAlignInOne;
+  if (in_one && a.experts <= kClusterThreads && compute_capability() >= 90) {
+    const int64_t chunk = ceil_div(a.assignments, kClusterBlocks);
+    const int threads = static_cast<int>(ceil_div(std::max(chunk, a.experts), kWarp) * kWarp);
+    const size_t bytes = shared_bytes(pairs, threads / kWarp, (kClusterBlocks + 6) * pairs + threads);
+    const ChunkArgs args{routing, out, nullptr, static_cast<uint32_t>(chunk), static_cast<uint32_t>(pairs)};
+    const LaunchShape shape{kClusterBlocks, threads, loras, bytes, kClusterBlocks};
+    return a.experts <= 64 ? launch<align_cluster_kernel<6>>(stream, shape, args)
+                           : launch<align_cluster_kernel<9>>(stream, shape, args);
+  }
+  const int64_t chunk = in_one ? kRecountChunk : ceil_div(ceil_div(a.assignments, kAlignChunks), kThreads) * kThreads;
   const ChunkArgs args{routing, out, a.counts, static_cast<uint32_t>(chunk), static_cast<uint32_t>(pairs)};
-  LaunchShape shape{ceil_div(a.assignments, chunk), kThreads, static_cast<int>(a.loras)};
-  if (!recount) launch<align_count_kernel>(stream, shape, args);
+  LaunchShape shape{ceil_div(a.assignments, chunk), kThreads, loras};
+  if (!in_one) launch<align_count_kernel>(stream, shape, args);
   shape.shared_bytes = shared_bytes(pairs, kThreads / kWarp, 4 * pairs);
   const bool flat = !a.lora_of && (a.ids_stride == a.slots || a.assignments == a.slots);
-  if (!recount)
+  if (!in_one)
     launch<align_place_kernel<false, false>>(stream, shape, args);
   else
     flat ? launch<align_place_kernel<true, true>>(stream, shape, args)
