@@ -28,7 +28,8 @@ void launch_function(const void* symbol, cudaFunction_t function, const LaunchCo
 // The handle on the current device, looked up once.
 cudaFunction_t function_of(const void* symbol, std::atomic<cudaFunction_t>* cache);
 
-// More than 48 KB of shared memory must be allowed, once for each kernel and device.
+// More than 48 KB of shared memory, with what the kernel itself declares, must be allowed, once for each kernel and
+// device.
 void allow_shared(const void* symbol, size_t bytes, std::atomic<size_t>* cache);
 
 // Clusters of more than 8 blocks run on GPUs that have room for them; they too must be allowed, once.
@@ -42,7 +43,7 @@ template <auto kKernel, class Args>
 void launch(Stream stream, const LaunchShape& shape, const Args& args) {
   static std::atomic<cudaFunction_t> functions[kMaxDevices];
   const auto symbol = reinterpret_cast<const void*>(kKernel);
-  if (shape.shared_bytes > 48 * 1024) {
+  if (shape.shared_bytes > 8 * 1024) {  // and up to 40 are declared
     static std::atomic<size_t> allowed[kMaxDevices];
     allow_shared(symbol, shape.shared_bytes, allowed);
   }
