@@ -32,6 +32,9 @@ __device__ __forceinline__ void load_in_place(uint32_t* words, const char* p, in
   }
 }
 
+// Zero, by an instruction that the compiler does not know for one: of a plain zero it would make another loop of loads.
+__device__ __forceinline__ void clear_in_place(uint32_t& word) { asm volatile("and.b32 %0, %0, 0;" : "+r"(word)); }
+
 // movmatrix.sync.aligned.m8n8.trans.b16: lane l holds (l / 4, 2 (l % 4)) and its neighbour, before and after.
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
   uint32_t transposed;

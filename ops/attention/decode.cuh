@@ -299,7 +299,6 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
       stored_again = stored_length(a, item.batch);
       prefix_again = prefix_of(a, item.batch);
     }
-    step = {};  // where no key is, nothing is loaded: what a trial found there would stay
     gather.load_k(step, here);
     gather.load_v(step, here);
     if (!waited) wait();
@@ -311,7 +310,14 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
 #pragma unroll
     for (int i = 0; i < Tile::kGroups; ++i)
       same &= (pages_again[0][i] == pages[0][i]) & (pages_again[1][i] == pages[1][i]);
+    // If not, nothing may stay of the values found on trial: where no key is, none are loaded, and those may be NaN.
     if (__all_sync(~0u, same)) break;
+#pragma unroll
+    for (auto& of_batch : step.v)
+#pragma unroll
+      for (auto& row : of_batch)
+#pragma unroll
+        for (uint32_t& word : row) clear_in_place(word);
   }
   if (kMerge == Merge::kGrid && thread == 0) shared_item() = item;  // it would take registers from the loop
   uint32_t q[Tile::kQWords / 2][2];
