@@ -19,7 +19,9 @@ class MoeAlign(Entry):
     arguments = "topk_ids num_experts block_size sorted_token_ids expert_ids num_tokens_post_pad"
     outputs = "sorted_token_ids expert_ids num_tokens_post_pad"
     tolerance = 1e-12  # integers
-    small: ClassVar[tuple[str, ...]] = ("1 E1 k1", "3 E10 k3", "40 E64 k8", "50 E100 k6", "1100 E70 k8", "3 E1024 k8")
+    small: ClassVar[tuple[str, ...]] = (
+        "1 E1 k1", "3 E10 k3", "40 E64 k8", "50 E100 k6", "140 E30 k8", "200 E600 k6", "1100 E70 k8", "3 E1024 k8",
+    )  # fmt: skip
 
     tokens: int
     experts: int
@@ -100,7 +102,7 @@ class MoeLoraAlign(MoeAlign):
     pattern = MoeAlign.pattern + r" l(?P<loras>\d+)"
     function = "moe_align.moe_lora_align_block_size"
     arguments = "topk_ids token_lora_mapping num_experts block_size sorted_token_ids expert_ids num_tokens_post_pad"
-    small = ("1 E1 k1 l1", "50 E70 k6 l3", "1100 E8 k8 l2")
+    small = ("1 E1 k1 l1", "50 E70 k6 l3", "130 E70 k8 l2", "1100 E8 k8 l2")
 
     loras: int
 
