@@ -121,7 +121,7 @@ __device__ __forceinline__ void stream_weights(const WgmmaArgs<T, Out>& args, co
   const int32_t steps = (args.depth + kDepth - 1) / kDepth;
   int run = 0;
   TileWork work;
-  for (uint32_t round = 0; runs.get(args.pairing, round, &run, &work); ++round) {
+  for (uint32_t round = 0; runs.get(args.list, args.pairing, round, &run, &work); ++round) {
     int32_t panel, row;
     locate<Tile, kFinish>(args, work.panel_block, &panel, &row);
     for (int32_t step = 0; step < steps; ++step) {
@@ -177,7 +177,7 @@ __device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const
   int run = 0;
   TileWork work;
   uint32_t round = 0;
-  bool more = runs.get(args.pairing, round, &run, &work);
+  bool more = runs.get(args.list, args.pairing, round, &run, &work);
   int32_t ids[kOwn];
   const auto load_ids = [&] {
 #pragma unroll
@@ -244,7 +244,7 @@ __device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const
           if (thread + i * kGatherThreads < Tile::kTokens)
             info.factor[thread + i * kGatherThreads] = factor[i] * weight[i];
         arrive(info_ring.full());
-        more = runs.get(args.pairing, ++round, &run, &work);
+        more = runs.get(args.list, args.pairing, ++round, &run, &work);
         load_ids();
       }
     }
@@ -486,30 +486,19 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
   __syncthreads();
   wait_for_predecessor();
 
-  const int warp = threadIdx.x / kWarp;
-  if (warp < kProducerThreads / kWarp) {
+  shared->runs.template build<Shape<Tile>::kThreads>(args.list, panel_blocks(), pairing, args.several);
+  __syncthreads();
+  if (threadIdx.x < kProducerThreads) {
     if constexpr (Tile::kBlocks == 1) leave_registers<56>();
-    for (int32_t block = 0; block >= 0;) {
-      shared->runs.build(args.list, block, panel_blocks(), pairing, args.several);
-      __syncthreads();
-      if (warp > 0)
-        gather_rows<Tile>(args, shared->runs, shared->info, rings.stages, rings.infos);
-      else if (threadIdx.x == 0)
-        stream_weights<Tile, kFinish>(args, shared->runs, rings.stages);
-      block = shared->runs.next_block;
-      __syncwarp();
-      if (block >= 0) __syncthreads();
-    }
+    if (threadIdx.x >= kWarp)
+      gather_rows<Tile>(args, shared->runs, shared->info, rings.stages, rings.infos);
+    else if (threadIdx.x == 0)
+      stream_weights<Tile, kFinish>(args, shared->runs, rings.stages);
   } else {
     if constexpr (Tile::kBlocks == 1) take_registers<224>();
-    for (int32_t block = 0; block >= 0;) {
-      __syncthreads();
-      consume<Tile, kFinish>(args, shared, rings.stages, rings.infos);
-      block = shared->runs.next_block;
-      __syncwarp();
-      if (block >= 0) __syncthreads();
-    }
+    consume<Tile, kFinish>(args, shared, rings.stages, rings.infos);
   }
+  __syncwarp();
   if (pairing.paired) cluster_sync();  // the other block's copies and arrivals come here
 #endif
 }

@@ -36,27 +36,45 @@ struct Pairing {
   }
 };
 
-// In shared memory. A list with more runs than kRuns (none that alignment made of as many experts) is worked on in
-// windows.
+// In shared memory. Of a list with more than kRuns (none that alignment made of as many experts) each block from `rest`
+// on is a run of its own.
 template <int kRuns, int kTokens>
 struct Runs {
   int32_t first[kRuns], rows[kRuns], expert[kRuns], before[kRuns + 1];  // before: items of the runs before it
-  int32_t next_block;                                                   // where the window ends; < 0: nothing follows
-  int32_t warp_count[4];
+  int32_t rest, blocks, used;                                           // of the list; rows of it
+  int32_t rest_tiles, rest_items;                                       // of a block from `rest` on
+  int32_t warp_sum[kWarp];
   uint16_t order[kRuns];  // in which runs are worked on, as `before` has them
 
   // For items in order: `at` is kept between calls. The second tile of a pair may have no rows.
-  __device__ __forceinline__ bool get(Pairing pairing, uint32_t round, int* at, TileWork* work) const {
-    const uint32_t item = pairing.item(round);
-    if (item >= static_cast<uint32_t>(before[kRuns])) return false;
-    while (static_cast<uint32_t>(before[*at + 1]) <= item) ++*at;
-    const int run = order[*at];
-    const uint32_t all = rows[run], tiles = tiles_of(all, pairing), items = tiles >> pairing.paired;
-    const uint32_t local = item - before[*at], tile = (local % items << pairing.paired) + pairing.rank();
-    const uint32_t steps = (all + kTokenStep - 1) / kTokenStep, each = steps / tiles, rest = steps % tiles;
-    const uint32_t skipped = min(all, (tile * each + min(tile, rest)) * kTokenStep);
-    *work = {expert[run], static_cast<int32_t>(local / items), static_cast<int32_t>(first[run] + skipped),
-             static_cast<int32_t>(min((each + (tile < rest ? 1 : 0)) * kTokenStep, all - skipped))};
+  __device__ __forceinline__ bool get(const List& list, Pairing pairing, uint32_t round, int* at,
+                                      TileWork* work) const {
+    uint32_t local = pairing.item(round), all, tiles;
+    if (local < static_cast<uint32_t>(before[kRuns])) {
+      while (static_cast<uint32_t>(before[*at + 1]) <= local) ++*at;
+      local -= before[*at];
+      const int run = order[*at];
+      work->expert = expert[run];
+      work->first = first[run];
+      all = rows[run];
+      tiles = tiles_of(all, pairing);
+    } else {
+      local -= before[kRuns];
+      const uint32_t block = rest + local / rest_items;
+      if (block >= static_cast<uint32_t>(blocks)) return false;
+      local %= rest_items;
+      work->expert = list.expert_ids[block];
+      work->first = block * list.block_m;
+      all = min(list.block_m, used - work->first);
+      if (work->expert < 0 || work->expert >= list.experts) work->expert = all = 0;
+      tiles = rest_tiles;
+    }
+    const uint32_t items = tiles >> pairing.paired, tile = (local % items << pairing.paired) + pairing.rank();
+    const uint32_t steps = (all + kTokenStep - 1) / kTokenStep, each = steps / tiles, more = steps % tiles;
+    const uint32_t skipped = min(all, (tile * each + min(tile, more)) * kTokenStep);
+    work->panel_block = local / items;
+    work->first += skipped;
+    work->rows = min((each + (tile < more ? 1 : 0)) * kTokenStep, all - skipped);
     return true;
   }
   // Of a run's rows: tiles, and steps of the highest.
@@ -68,126 +86,123 @@ struct Runs {
     return (steps + tiles - 1) / tiles;
   }
 
-  // By 128 threads, from `first_block` of the list on.
-  __device__ __forceinline__ void build(const List& list, int32_t first_block, int32_t panel_blocks, Pairing pairing,
-                                        bool sort) {
-    constexpr int kThreads = 128;
-    int thread = threadIdx.x % kThreads;
+  // Over the threads before this one; `all`: over all.
+  template <int kThreads>
+  __device__ __forceinline__ int sum_before(int value, int* all) {
+    const int warp = threadIdx.x / kWarp, up_to = sum_up_to_lane(value);
+    if (threadIdx.x % kWarp == kWarp - 1) warp_sum[warp] = up_to;
+    __syncthreads();
+    int before_warp = 0, sum = 0;
+#pragma unroll
+    for (int w = 0; w < kThreads / kWarp; ++w) {
+      if (w == warp) before_warp = sum;
+      sum += warp_sum[w];
+    }
+    __syncthreads();
+    *all = sum;
+    return before_warp + up_to - value;
+  }
+
+  // By the whole block. Few loads that wait for one another, and little code: what runs once waits for its
+  // instructions, too.
+  template <int kThreads>
+  __device__ __forceinline__ void build(const List& list, int32_t panel_blocks, Pairing pairing, bool sort) {
+    static_assert(kThreads >= kRuns);
+    int thread = threadIdx.x;
     compute_now(thread);  // what follows from it takes no registers afterwards
     const int warp = thread / kWarp, lane = thread % kWarp;
-    const int32_t used = min(*list.num_tokens_post_pad, list.positions);
-    const int32_t blocks = (used + list.block_m - 1) / list.block_m;
+    const int32_t in_use = max(0, min(*list.num_tokens_post_pad, list.positions));
     int count = 0;
-    for (int32_t base = first_block; count <= kRuns && base < list.blocks; base += kThreads) {
+    for (int32_t base = 0; count <= kRuns && base < list.blocks; base += kThreads) {
       const int32_t block = base + thread;
       // Not only of those in use, whose number is being loaded.
       const int32_t id = block < list.blocks ? list.expert_ids[block] : -1;
-      const int32_t previous = block > first_block && block < list.blocks ? list.expert_ids[block - 1] : -1;
-      const bool starts = block < blocks && (block == first_block || id != previous);
-      const uint32_t found = __ballot_sync(~0u, starts);
-      if (lane == 0) warp_count[warp] = __popc(found);
-      sync_threads(1, kThreads);
-      int index = count + __popc(found & ((1u << lane) - 1));
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        if (w < warp) index += warp_count[w];
-        count += warp_count[w];
-      }
+      const int32_t previous = block > 0 && block < list.blocks ? list.expert_ids[block - 1] : -1;
+      const bool starts = block < list.blocks && block * list.block_m < in_use && (block == 0 || id != previous);
+      int found;
+      const int index = count + sum_before<kThreads>(starts, &found);
+      count += found;
       if (starts && index < kRuns) {
         first[index] = block * list.block_m;
         expert[index] = id;
       } else if (starts && index == kRuns) {
-        next_block = block;
+        rest = block;
       }
-      sync_threads(1, kThreads);
-      if (base + kThreads >= blocks) break;
+      if ((base + int64_t{kThreads}) * list.block_m >= in_use) break;
+    }
+    if (thread == 0) {
+      used = in_use;
+      blocks = (in_use + list.block_m - 1) / list.block_m;
+      if (count <= kRuns) rest = blocks;
+      rest_tiles = tiles_of(min(list.block_m, list.positions), pairing);
+      rest_items = (rest_tiles >> pairing.paired) * panel_blocks;
     }
     const int kept = min(count, kRuns);
-    const int32_t end = count > kRuns ? next_block * list.block_m : used;
-    sync_threads(1, kThreads);
-    if (thread == 0 && count <= kRuns) next_block = -1;
+    __syncthreads();
 
+    // What padding a run of several tiles ends with is cut off, of its last 128 rows: blocks are no higher, as a rule.
+    // A warp has eight runs at a time, and all their loads under way.
+    constexpr int kAtOnce = 8, kLoads = 4;
 #pragma unroll 1
-    for (int run = thread; run < kRuns; run += kThreads) {
-      int32_t length = 0;
-      if (run < kept && expert[run] >= 0 && expert[run] < list.experts)
-        length = (run + 1 < kept ? first[run + 1] : end) - first[run];
-      rows[run] = length;
-    }
-    sync_threads(1, kThreads);
-    // What padding a run of several tiles ends with is cut off. Four lanes for each run.
-    constexpr int kLanes = 4, kLoads = 16;
-#pragma unroll 1
-    for (int base = 0; base < kept; base += kThreads / kLanes) {
-      const int run = base + thread / kLanes;
-      const bool several = run < kept && rows[run] > kTokens;
-      if (!__any_sync(~0u, several)) continue;
-      const int32_t length = several ? rows[run] : 0;
-      int32_t found = 0, high = length;
-      const int32_t low = several ? (length - 1) / list.block_m * list.block_m : 0;  // the last block's start
-      while (true) {
-        const bool more = found == 0 && high > low;
-        if (!__any_sync(~0u, more)) break;
-        int32_t ids[kLoads];
+    for (int base = warp * kAtOnce; base < kept; base += kThreads / kWarp * kAtOnce) {
+      const int run = base + lane % kAtOnce;
+      int32_t length = 0, last = 0;
+      if (run < kept && expert[run] >= 0 && expert[run] < list.experts) {
+        last = run + 1 < kept ? first[run + 1] : min(rest * list.block_m, in_use);
+        length = last - first[run];
+      }
+      const bool several = length > kTokens;
+      if (__any_sync(~0u, several)) {
+        const int32_t looked = several ? min(min(list.block_m, kLoads * kWarp), length) : 0;
+        int32_t ids[kAtOnce][kLoads];
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-          const int32_t row = high - 1 - (i * kLanes + thread % kLanes);
-          ids[i] = more && row >= low ? list.sorted_token_ids[first[run] + row] : -1;
+        for (int r = 0; r < kAtOnce; ++r) {
+          const int32_t rows_looked = __shfl_sync(~0u, looked, r);
+          const int32_t* const from = list.sorted_token_ids + __shfl_sync(~0u, last, r) - 1 - lane;
+#pragma unroll
+          for (int i = 0; i < kLoads; ++i) ids[r][i] = i * kWarp + lane < rows_looked ? from[-i * kWarp] : -1;
         }
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i)
-          if (ids[i] >= 0 && ids[i] < list.assignments) found = max(found, high - (i * kLanes + thread % kLanes));
+        for (int r = 0; r < kAtOnce; ++r) {
+          int32_t padding = kLoads * kWarp;
 #pragma unroll
-        for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) found = max(found, __shfl_xor_sync(~0u, found, lanes));
-        high -= kLanes * kLoads;
+          for (int i = kLoads - 1; i >= 0; --i)
+            if (static_cast<uint32_t>(ids[r][i]) < static_cast<uint32_t>(list.assignments)) padding = i * kWarp + lane;
+          padding = __reduce_min_sync(~0u, padding);
+          if (lane == r) length -= min(padding, looked);
+        }
       }
-      __syncwarp();  // four lanes have read it, and what comes between orders no memory
-      if (several && thread % kLanes == 0) rows[run] = found > 0 ? found : low;
+      if (lane < kAtOnce && run < kept) {
+        rows[run] = length;
+        before[run] = height_of(length, pairing);
+        order[run] = run;
+      }
     }
-    sync_threads(1, kThreads);
+    __syncthreads();
 
-    // By loops, not unrolled: what runs once waits for its instructions. 64 runs took 16 us with divisions in the inner
-    // loop, 6 with unrolled ones.
-#pragma unroll 1
-    for (int run = thread; run < kRuns; run += kThreads) {
-      before[run] = height_of(rows[run], pairing);
-      order[run] = run;
-    }
     if (sort) {
-      sync_threads(1, kThreads);
+      constexpr int kLanes = 4;
 #pragma unroll 1
-      for (int run = thread; run < kept; run += kThreads) {
-        const int32_t own = before[run];
+      for (int base = 0; base < kept; base += kThreads / kLanes) {
+        const int run = base + thread / kLanes;
+        const int32_t own = run < kept ? before[run] : 0;
         int rank = 0;
 #pragma unroll 4
-        for (int other = 0; other < kept; ++other) {
+        for (int other = thread % kLanes; other < kept; other += kLanes) {
           const int32_t high = before[other];
           rank += high > own || (high == own && other < run);
         }
-        order[rank] = run;
+#pragma unroll
+        for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) rank += __shfl_xor_sync(~0u, rank, lanes);
+        if (thread % kLanes == 0 && run < kept) order[rank] = run;
       }
+      __syncthreads();
     }
-    sync_threads(1, kThreads);
-    constexpr int kOwn = kRuns / kThreads;
-    int tiles[kOwn], sum = 0;
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      tiles[i] = (tiles_of(rows[order[thread * kOwn + i]], pairing) >> pairing.paired) * panel_blocks;
-      sum += tiles[i];
-    }
-    const int total = sum_up_to_lane(sum);
-    if (lane == kWarp - 1) warp_count[warp] = total;
-    sync_threads(1, kThreads);
-    int at = total - sum;
-#pragma unroll
-    for (int w = 0; w < 4; ++w)
-      if (w < warp) at += warp_count[w];
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      before[thread * kOwn + i] = at;
-      at += tiles[i];
-    }
-    if (thread == kThreads - 1) before[kRuns] = at;
+    const int items = thread < kept ? (tiles_of(rows[order[thread]], pairing) >> pairing.paired) * panel_blocks : 0;
+    int all;
+    const int start = sum_before<kThreads>(items, &all);
+    if (thread < kRuns) before[thread] = start;
+    if (thread == 0) before[kRuns] = all;
   }
 };
 
