@@ -4,8 +4,8 @@
 // a consumer warpgroup has 128 rows of weights or, under a gate, 64 of either panel: both of a pair in one thread. e4m3
 // is added up in fp32 after 128 of depth: the tensor core keeps 13 bits. Where experts have several tiles, pairs of
 // blocks (clusters) share their weights. Bound by the weights' bytes to about 1000 tokens; then by shared memory (a
-// stage of 144 rows is read and written in 1232 clocks, wgmma needs 1152; bf16 takes 1265, e4m3, in halves, 1460), by
-// finish(), 3900 to 4700 clocks a tile, and by power (1.5 to 1.75 GHz): benchmarks/README.md.
+// stage of 144 rows is read and written in 1232 clocks, wgmma needs 1152; bf16 takes 1265), by finish(), 3900 to 4700
+// clocks a tile, and by power (1.5 to 1.75 GHz): benchmarks/README.md.
 #pragma once
 
 #include <algorithm>
@@ -162,7 +162,7 @@ __device__ __forceinline__ void prefetch_weights(const WgmmaArgs<T, Out>& args, 
 // Three warps. Lanes 8i to 8i + 7 copy the 128 bytes of a row.
 template <class Tile, class T, class Out>
 __device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const auto& runs,
-                                            typename Shape<Tile>::Info* infos, Ring& ring, Ring& info_ring) {
+                                            typename Shape<Tile>::Info* infos, Ring& ring, uint32_t info_barriers) {
   constexpr int kDepth = 128 / sizeof(T), kVec = kVec16<T>;
   constexpr int kOwn = (Tile::kTokens + kGatherThreads - 1) / kGatherThreads;
   constexpr int kRowsAtOnce = kGatherThreads / 8, kPasses = (Tile::kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
@@ -174,22 +174,20 @@ __device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const
   // Rows go by 12, so that the swizzle of every other pass differs in bit 2 alone.
   const uint32_t to = Shape<Tile>::kWeightBytes + row0 * 128 + ((chunk ^ (row0 & 7)) << 4);
 
-  int run = 0;
-  TileWork work;
+  // Of what tile number `round` is: full, and 8 bytes on, empty.
+  const auto info_barrier = [&](uint32_t round) { return info_barriers + round % kInfos * 16; };
+  const auto wait_for_info = [&](uint32_t round) { wait_barrier(info_barrier(round) + 8, round / kInfos % 2 ^ 1); };
   uint32_t round = 0;
-  bool more = runs.get(args.list, args.pairing, round, &run, &work);
-  int32_t ids[kOwn];
-  const auto load_ids = [&] {
+  int run = 0;
+  for (TileWork work; runs.get(args.list, args.pairing, round, &run, &work); ++round) {
+    int32_t ids[kOwn];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const int32_t row = thread + i * kGatherThreads;
-      ids[i] = more && row < work.rows ? args.list.sorted_token_ids[work.first + row] : -1;
+      ids[i] = row < work.rows ? args.list.sorted_token_ids[work.first + row] : -1;
     }
-  };
-  load_ids();
-  while (more) {
-    auto& info = infos[info_ring.stage];
-    wait_barrier(info_ring.empty(), info_ring.parity ^ 1);
+    auto& info = infos[round % kInfos];
+    wait_for_info(round);
     float factor[kOwn], weight[kOwn];
     int32_t last = 0;
 #pragma unroll
@@ -243,17 +241,13 @@ __device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const
         for (int i = 0; i < kOwn; ++i)
           if (thread + i * kGatherThreads < Tile::kTokens)
             info.factor[thread + i * kGatherThreads] = factor[i] * weight[i];
-        arrive(info_ring.full());
-        more = runs.get(args.list, args.pairing, ++round, &run, &work);
-        load_ids();
+        arrive(info_barrier(round));
       }
     }
-    info_ring.advance();
   }
-  wait_barrier(info_ring.empty(), info_ring.parity ^ 1);
-  if (thread == 0) infos[info_ring.stage].expert = -1;
-  arrive(info_ring.full());
-  info_ring.advance();
+  wait_for_info(round);
+  if (thread == 0) infos[round % kInfos].expert = -1;
+  arrive(info_barrier(round));
 }
 
 template <int kN, int kMost>
@@ -278,25 +272,23 @@ __device__ __forceinline__ void multiply(float (&sums)[2][kMost], int group, uin
     const uint64_t a = k_major(ring.address() + group * 2 * kUnitBytes), b = k_major(ring.address() + weight_bytes);
     if constexpr (sizeof(T) == 1) {
       // Where the registers hold two parts, one product runs while the one before it is added up; where not, the other
-      // group's do. (In halves of the rows weights are read from shared memory twice.)
-      constexpr int kPart = kN <= 128 ? kN : kN / 2, kParts = 2 * kN / kPart, kBuffers = kN <= 64 ? 2 : 1;
-      float part[kBuffers][kPart / 2];
-      const auto add = [&](int p) {
+      // group's do. (Halves of the rows would leave more registers, but read weights from shared memory twice.)
+      constexpr int kBuffers = kN <= 64 ? 2 : 1;
+      float part[kBuffers][kN / 2];
+      const auto add = [&](int t) {
 #pragma unroll
-        for (int i = 0; i < kPart / 2; ++i) sums[p * kPart / kN][p * kPart % kN / 2 + i] += part[p % kBuffers][i];
+        for (int i = 0; i < kN / 2; ++i) sums[t][i] += part[t % kBuffers][i];
       };
 #pragma unroll
-      for (int p = 0; p < kParts; ++p) {
+      for (int t = 0; t < 2; ++t) {
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k)
-          wgmma<T, kPart>(part[p % kBuffers], advance(a, p * kPart / kN * kUnitBytes + k * 32),
-                          advance(b, p * kPart % kN * 128 + k * 32), k > 0);
+          wgmma<T, kN>(part[t % kBuffers], advance(a, t * kUnitBytes + k * 32), advance(b, k * 32), k > 0);
         wgmma_commit();
-        if (p == kParts - 1) break;
-        if constexpr (kBuffers == 1) {
+        if (kBuffers == 1 && t == 0) {
           wgmma_wait<0>();
-          add(p);
+          add(0);
         }
       }
       if constexpr (kBuffers == 2) {
@@ -305,7 +297,7 @@ __device__ __forceinline__ void multiply(float (&sums)[2][kMost], int group, uin
       }
       wgmma_wait<0>();
       release();
-      add(kParts - 1);
+      add(1);
     } else {
       wgmma_fence();
 #pragma unroll
@@ -489,13 +481,13 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
   shared->runs.template build<Shape<Tile>::kThreads>(args.list, panel_blocks(), pairing, args.several);
   __syncthreads();
   if (threadIdx.x < kProducerThreads) {
-    if constexpr (Tile::kBlocks == 1) leave_registers<56>();
+    if constexpr (Tile::kBlocks == 1) leave_registers<40>();
     if (threadIdx.x >= kWarp)
-      gather_rows<Tile>(args, shared->runs, shared->info, rings.stages, rings.infos);
+      gather_rows<Tile>(args, shared->runs, shared->info, rings.stages, rings.infos.barriers);
     else if (threadIdx.x == 0)
       stream_weights<Tile, kFinish>(args, shared->runs, rings.stages);
   } else {
-    if constexpr (Tile::kBlocks == 1) take_registers<224>();
+    if constexpr (Tile::kBlocks == 1) take_registers<232>();
     consume<Tile, kFinish>(args, shared, rings.stages, rings.infos);
   }
   __syncwarp();
