@@ -226,7 +226,8 @@ __device__ __forceinline__ void gather_rows(const WgmmaArgs<T, Out>& args, const
     }
     for (int32_t step = 0; step < steps; ++step) {
       const bool inside = step * kDepth + static_cast<int32_t>(chunk) * kVec < args.depth;
-      const char* const x = reinterpret_cast<const char*>(args.x) + (inside ? step * 128 + chunk * 16 : 0);
+      const char* x = reinterpret_cast<const char*>(args.x) + (inside ? step * 128 + chunk * 16 : 0);
+      compute_now(x);  // here, not once for each row
       wait_barrier(ring.empty(), ring.parity ^ 1);
       const uint32_t address = ring.address() + to;
 #pragma unroll
