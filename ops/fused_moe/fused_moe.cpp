@@ -225,6 +225,7 @@ void run(const Steps& step, const Layer& layer, char* memory) {
   } else {
     step(align);
     quantize.settled = true;  // the alignment has triggered after its wait
+    down.settled = true;      // and so has up, whose own wait the alignment was before
   }
   if (up.x_scale && assignments > 0) step(quantize);
   step(up);

@@ -56,6 +56,7 @@ struct WgmmaArgs {
   Pairing pairing;
   bool several;                        // tiles of an expert, most likely; or
   bool one;                            // for each
+  bool settled;                        // the list is older than the predecessor
   uint64_t weight_policy, out_policy;  // in L2
 };
 
@@ -467,7 +468,6 @@ template <class T, class Out, class Tile, Finish kFinish>
 __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
     moe_wgmma_kernel(const __grid_constant__ WgmmaArgs<T, Out> args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  release_successor();  // nothing may be assumed complete before a wait
   extern __shared__ __align__(1024) unsigned char memory[];
   auto* const shared = reinterpret_cast<typename Shape<Tile>::Shared*>(memory);
   Rings<Tile> rings(shared);
@@ -477,16 +477,19 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
   if (args.one && threadIdx.x == kWarp) prefetch_weights<Tile, kFinish>(args, panel_blocks());
   if (pairing.paired) cluster_sync();
   __syncthreads();
-  wait_for_predecessor();
+  if (!args.settled) wait_for_predecessor();
+  release_successor();
 
   shared->runs.template build<Shape<Tile>::kThreads>(args.list, panel_blocks(), pairing, args.several);
   __syncthreads();
   if (threadIdx.x < kProducerThreads) {
     if constexpr (Tile::kBlocks == 1) leave_registers<40>();
-    if (threadIdx.x >= kWarp)
+    if (threadIdx.x >= kWarp) {
+      wait_for_predecessor();  // for x; consumers write nothing before the first rows are there
       gather_rows<Tile>(args, shared->runs, shared->info, rings.stages, rings.infos.barriers);
-    else if (threadIdx.x == 0)
+    } else if (threadIdx.x == 0) {
       stream_weights<Tile, kFinish>(args, shared->runs, rings.stages);
+    }
   } else {
     if constexpr (Tile::kBlocks == 1) take_registers<232>();
     consume<Tile, kFinish>(args, shared, rings.stages, rings.infos);
@@ -555,6 +558,7 @@ void launch_tile(Stream stream, const MoeArgs& a) {
   args.several = 4 * a.assignments() > 3 * a.experts * Tile::kTokens;
   // Two tiles of each expert at least: 1280 tokens in fp8 109 us and not 119, 740 tokens 90 and not 77.
   args.pairing.paired = Tile::kGroups == 2 && a.assignments() > a.experts * Tile::kTokens;
+  args.settled = a.settled;
   args.one = !args.several && a.assignments() >= 6 * a.experts;
   // Weights that are read once do not drive out what the next kernel reads: 3% at 64 tokens.
   args.weight_policy = args.several ? kKeepAsUsual : kEvictFirst;
