@@ -100,7 +100,7 @@ struct Rings {
     }
     for (int i = 0; i < kInfos; ++i) {
       init_barrier(infos.barriers + i * 16, kGatherThreads);
-      init_barrier(infos.barriers + i * 16 + 8, 4 * Tile::kGroups);
+      init_barrier(infos.barriers + i * 16 + 8, 128 * Tile::kGroups);
     }
     fence_init_barrier();
   }
@@ -458,8 +458,7 @@ __device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename 
       (std::make_integer_sequence<int, Tile::kTokens / 16>());
       finish<kFinish>(args, sums, scale, info, rows, staged, group, panel, column, &buffer);
     }
-    __syncwarp();
-    if (lane == 0) arrive(info_ring.empty());
+    arrive(info_ring.empty());  // each thread for what it has read
     info_ring.advance();
   }
 }

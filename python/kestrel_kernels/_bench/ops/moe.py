@@ -207,6 +207,7 @@ class MoeDown(MoeProduct):
     small = (
         "1 bf16 E1 H1 I1 k1", "3 fp8 E5 H7 I9 k2", "17 bf16 E4 H24 I40 k3", "33 fp8 E8 H64 I32 k8",
         "3 bf16 E5 H7 I9 k2 reduce", "17 fp8 E4 H24 I40 k3 reduce",
+        "2 bf16 E1 H70000 I16 k1", "150 fp8 E1 H35000 I16 k1",  # three tiles for a block, which has room for two
     )  # fmt: skip
 
     reduce: str | None
