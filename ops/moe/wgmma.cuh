@@ -114,9 +114,11 @@ __device__ __forceinline__ void locate(const Args& args, int32_t panel_block, in
   *row = (panel_block - *panel * args.blocks_per_panel) * kRows;
 }
 
-// One thread. Each block of a pair copies half of a stage's weights, to both: it must be free in both.
+// One thread. Each block of a pair copies half of a stage's weights, to both: it must be free in both. The first rows
+// of x and their scales, which are asked for later, are not to queue behind the weights of a whole ring.
 template <class Tile, Finish kFinish, class T, class Out>
-__device__ __forceinline__ void stream_weights(const WgmmaArgs<T, Out>& args, const auto& runs, Ring& ring) {
+__device__ __forceinline__ void stream_weights(const WgmmaArgs<T, Out>& args, const auto& runs, Ring& ring,
+                                               uint32_t first_info) {
   constexpr bool kPlain = kFinish == Finish::kPlain;
   constexpr int kDepth = 128 / sizeof(T), kUnits = Shape<Tile>::kUnits;
   const int32_t steps = (args.depth + kDepth - 1) / kDepth;
@@ -126,6 +128,7 @@ __device__ __forceinline__ void stream_weights(const WgmmaArgs<T, Out>& args, co
     int32_t panel, row;
     locate<Tile, kFinish>(args, work.panel_block, &panel, &row);
     for (int32_t step = 0; step < steps; ++step) {
+      if (round == 0 && step == 2 && !args.settled) wait_barrier(first_info, 0);
       wait_barrier(ring.empty(), ring.parity ^ 1);
       arrive_expecting(ring.full(), Shape<Tile>::kWeightBytes);
 #pragma unroll
@@ -487,7 +490,7 @@ __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
       wait_for_predecessor();  // for x; consumers write nothing before the first rows are there
       gather_rows<Tile>(args, shared->runs, shared->info, rings.stages, rings.infos.barriers);
     } else if (threadIdx.x == 0) {
-      stream_weights<Tile, kFinish>(args, shared->runs, rings.stages);
+      stream_weights<Tile, kFinish>(args, shared->runs, rings.stages, rings.infos.barriers);
     }
   } else {
     if constexpr (Tile::kBlocks == 1) take_registers<232>();
