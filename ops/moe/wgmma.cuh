@@ -4,8 +4,8 @@
 // a consumer warpgroup has 128 rows of weights or, under a gate, 64 of either panel: both of a pair in one thread. e4m3
 // is added up in fp32 after 128 of depth: the tensor core keeps 13 bits. Where experts have several tiles, pairs of
 // blocks (clusters) share their weights. Bound by the weights' bytes to about 1000 tokens; then by shared memory (a
-// stage of 144 rows is read and written in 1232 clocks, wgmma needs 1152; bf16 takes 1265), by finish(), 3900 to 4700
-// clocks a tile, and by power (1.5 to 1.75 GHz): benchmarks/README.md.
+// stage of 144 rows is read and written in 1232 clocks, wgmma needs 1152; bf16 takes 1280, e4m3 1400), by finish(),
+// 3900 to 4700 clocks a tile, and by power (1.5 to 1.75 GHz): benchmarks/README.md.
 #pragma once
 
 #include <algorithm>
