@@ -39,6 +39,8 @@ struct DecodeTile {
   // P in f16 beside e4m3 is far finer than a result in bf16; 16-bit values deserve P in two parts, as good as fp32.
   static constexpr bool kTwoParts = sizeof(KV) == 2;
   static constexpr int kQWords = kSize / (kOneRow ? 16 : 8);  // of Q, in a thread
+  // Q in shared memory: the registers do not hold it beside 16-bit K, V and sums.
+  static constexpr bool kSharedQ = kSize > 128 && sizeof(KV) == 2;
   static constexpr Merge kMerge = kMerge_;
   static constexpr bool kSimple = false;
   static constexpr int kMostThreads = kMostThreads_;
@@ -320,7 +322,7 @@ __global__ void __launch_bounds__(Tile::kMostThreads) decode_kernel(const __grid
         for (uint32_t& word : row) clear_in_place(word);
   }
   if (kMerge == Merge::kGrid && thread == 0) shared_item() = item;  // it would take registers from the loop
-  uint32_t q[Tile::kQWords / 2][2];
+  Query<Tile> q;
   convert_q<Tile>(q, q_words, g % 2);
 
   float out[Tile::kSize / 16][4] = {}, top[kColumns], sum[kColumns];

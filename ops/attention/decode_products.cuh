@@ -4,8 +4,10 @@
 
 #include <type_traits>
 
+#include "kestrel/hopper/mbarrier.cuh"
 #include "kestrel/hopper/mma.cuh"
 #include "kestrel/hopper/numeric.cuh"
+#include "ops/attention/decode_merge.cuh"
 
 namespace kestrel::cuda {
 
@@ -23,10 +25,37 @@ __device__ __forceinline__ void load_q(uint32_t (&words)[Tile::kSize / 8], const
   }
 }
 
-// B of S^T out of these.
+// B of S^T, two words for each product: in registers or in shared memory, where each thread has its own.
 template <class Tile>
-__device__ __forceinline__ void convert_q(uint32_t (&q)[Tile::kQWords / 2][2], uint32_t (&words)[Tile::kSize / 8],
-                                          bool odd_column) {
+class Query {
+ public:
+  __device__ __forceinline__ Query() {
+    if constexpr (Tile::kSharedQ) own_ = shared_address(&places()[0][this_thread()]);
+  }
+  __device__ __forceinline__ void set(int i, uint2 pair) {
+    if constexpr (Tile::kSharedQ)
+      places()[i][this_thread()] = pair;
+    else
+      pairs_[i] = pair;
+  }
+  __device__ __forceinline__ uint2 get(int i) const {
+    if constexpr (Tile::kSharedQ) return load_shared_pair(own_ + i * Tile::kMostThreads * sizeof(uint2));
+    return pairs_[i];
+  }
+
+ private:
+  using Places = uint2[Tile::kQWords / 2][Tile::kMostThreads];
+  static __device__ __forceinline__ Places& places() {
+    __shared__ Places places;
+    return places;
+  }
+  uint32_t own_;
+  uint2 pairs_[Tile::kQWords / 2];
+};
+
+// It, out of these pieces.
+template <class Tile>
+__device__ __forceinline__ void convert_q(Query<Tile>& q, uint32_t (&words)[Tile::kSize / 8], bool odd_column) {
   if constexpr (!std::is_same_v<typename Tile::Q, typename Tile::Operand>) {
 #pragma unroll
     for (uint32_t& word : words) {
@@ -35,13 +64,13 @@ __device__ __forceinline__ void convert_q(uint32_t (&q)[Tile::kQWords / 2][2], u
     }
   }
 #pragma unroll
-  for (int i = 0; i < Tile::kQWords; ++i) {
+  for (int i = 0; i < Tile::kQWords / 2; ++i) {
     if constexpr (Tile::kOneRow) {  // words next to each other in K
       constexpr int kNext = sizeof(typename Tile::KV) == 1 ? 2 : 1;
-      const int even = i / 2 * 4 + i % 2 * (3 - kNext);
-      q[i / 2][i % 2] = odd_column ? words[even + kNext] : words[even];
+      const uint32_t* four = words + 4 * i;
+      q.set(i, {odd_column ? four[kNext] : four[0], odd_column ? four[3] : four[3 - kNext]});
     } else {
-      q[i / 2][i % 2] = words[i];
+      q.set(i, {words[2 * i], words[2 * i + 1]});
     }
   }
 }
@@ -49,36 +78,37 @@ __device__ __forceinline__ void convert_q(uint32_t (&q)[Tile::kQWords / 2][2], u
 // A of S^T from a piece of K, and A of O^T from four rows of V: sums += both 16 columns of a word pair.
 template <class Tile>
 __device__ __forceinline__ void multiply_k(float (&sums)[4], const uint32_t* low, const uint32_t* high,
-                                           const uint32_t (&q)[Tile::kQWords / 2][2]) {
+                                           const Query<Tile>& q) {
   using T = typename Tile::Operand;
 #pragma unroll
   for (int w = 0; w < Tile::kKWords; w += sizeof(typename Tile::KV)) {
+    const uint2 b = q.get(w / sizeof(typename Tile::KV));
     if constexpr (sizeof(typename Tile::KV) == 1) {
       uint32_t a[4];
       widen(low[w], &a[0], &a[2]);
       widen(high[w], &a[1], &a[3]);
-      mma<T>(sums, a[0], a[1], a[2], a[3], q[w][0], q[w][1]);
+      mma<T>(sums, a[0], a[1], a[2], a[3], b.x, b.y);
     } else {
-      mma<T>(sums, low[w], high[w], low[w + 1], high[w + 1], q[w / 2][0], q[w / 2][1]);
+      mma<T>(sums, low[w], high[w], low[w + 1], high[w + 1], b.x, b.y);
     }
   }
 }
 // The same of one row: 8 keys, whose words fill a fragment as they lie. Its rows g and g + 8 hold words next to each
 // other of key g, which meet theirs of Q in the even and in the odd columns.
 template <class Tile>
-__device__ __forceinline__ float multiply_k(const uint32_t (&k)[Tile::kKWords],
-                                            const uint32_t (&q)[Tile::kQWords / 2][2]) {
+__device__ __forceinline__ float multiply_k(const uint32_t (&k)[Tile::kKWords], const Query<Tile>& q) {
   using T = typename Tile::Operand;
   float sums[4] = {};
 #pragma unroll
   for (int i = 0; i < Tile::kQWords / 2; ++i) {
+    const uint2 b = q.get(i);
     if constexpr (sizeof(typename Tile::KV) == 1) {
       uint32_t a[4];
       widen(k[2 * i], &a[0], &a[2]);
       widen(k[2 * i + 1], &a[1], &a[3]);
-      mma<T>(sums, a[0], a[1], a[2], a[3], q[i][0], q[i][1]);
+      mma<T>(sums, a[0], a[1], a[2], a[3], b.x, b.y);
     } else {
-      mma<T>(sums, k[4 * i], k[4 * i + 1], k[4 * i + 2], k[4 * i + 3], q[i][0], q[i][1]);
+      mma<T>(sums, k[4 * i], k[4 * i + 1], k[4 * i + 2], k[4 * i + 3], b.x, b.y);
     }
   }
   return sums[0] + sums[3];

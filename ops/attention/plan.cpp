@@ -175,6 +175,8 @@ std::optional<DecodePlan> decode_plan(const AttentionProblem& p, const DecodeHin
   const auto tile = [&]() -> const DecodeRow& { return decode_row(plan.tile); };
   const auto blocks = [&] { return p.batch * decode_groups(tile(), p.k_heads, rows); };
   const auto steps = [&] { return ceil_div(keys, tile().tokens()); };
+  const auto large = [&] { return tile().size > 128; };  // eight of its warps fill an SM
+  const auto warps_per_sm = [&] { return large() ? kRule.warps_per_sm / 2 : kRule.warps_per_sm; };
   // Warps of a block: even.
   const auto even = [](int64_t warps) { return static_cast<int>(std::max<int64_t>(warps / 2 * 2, 2)); };
   if (h.batch_invariant) {
@@ -188,8 +190,7 @@ std::optional<DecodePlan> decode_plan(const AttentionProblem& p, const DecodeHin
   if (h.num_splits > 1) {
     if (!choose(Merge::kGrid)) return std::nullopt;
     plan.splits = static_cast<int>(std::min<int64_t>(h.num_splits, kMostSplits));
-    plan.warps =
-        even(std::min({kRule.warps_per_sm * sms / (blocks() * plan.splits), int64_t{8}, steps() / plan.splits}));
+    plan.warps = even(std::min({warps_per_sm() * sms / (blocks() * plan.splits), int64_t{8}, steps() / plan.splits}));
     return plan;
   }
   // Two heads in a block share the work on a fragment, which pays where memory alone binds, and in e4m3 sooner.
@@ -197,9 +198,13 @@ std::optional<DecodePlan> decode_plan(const AttentionProblem& p, const DecodeHin
   const bool whole = sequences * 10 >= 9 * sms;  // blocks enough without splits
   if (h.num_splits == 1 || (whole && keys <= kRule.block_keys)) {
     const bool two = keys <= 512 || p.kv_dtype == DType::kE4M3;  // 64 x 1024 keys: 68 us of e4m3 with four, 65 with two
-    const int64_t wanted = std::max<int64_t>(kRule.warps_per_sm * sms / blocks(), keys > 1024 ? 8 : two ? 2 : 4);
-    const int64_t most = tile().heads ? 16 : tile().size > 64 && p.kv_dtype == DType::kE4M3 ? 8 : 12;
-    const int64_t busy = steps() > kRule.block_steps ? ceil_div(steps(), 2) + 1 : steps() + 1;  // two steps or one
+    const int64_t wanted = std::max<int64_t>(warps_per_sm() * sms / blocks(), keys > 1024 ? 8 : two ? 2 : 4);
+    const int64_t most = std::min(tile().most_threads / 32, tile().size > 64 && p.kv_dtype == DType::kE4M3 ? 8 : 16);
+    // Two steps or one, and four of the large tile, so that two blocks fit an SM: 256 keys of 128 take 17.8 us in
+    // blocks of four warps, 22.8 of eight.
+    const int64_t busy = large()                       ? std::max<int64_t>(steps() / 4, 4)
+                         : steps() > kRule.block_steps ? ceil_div(steps(), 2) + 1
+                                                       : steps() + 1;
     plan.warps = tile().warps ? tile().warps : even(std::min({wanted, most, busy}));
     return plan;
   }
@@ -216,6 +221,13 @@ std::optional<DecodePlan> decode_plan(const AttentionProblem& p, const DecodeHin
       // Clusters of more than two pack badly where a block has an SM for itself.
       const int64_t most = plan.splits > 2 ? 8 : tile().most_threads / 32;
       plan.warps = even(std::min(ceil_div(steps(), plan.splits) + 1, most));
+    } else if (large()) {
+      // Of an even size, as SMs come in pairs, beside the next kernel's or alone, where sizes do not fill all SMs: 1024
+      // keys of 16 take 9.5 us in sixes, 11.0 in eights, 11.5 in fives; 900 of 24 take 12.3 in sixes, 10.5 in eights.
+      const int64_t room = sms * 6 / 7 * (blocks() <= sms / 8 ? 1 : 2);
+      plan.splits = blocks() * 16 <= room ? 16 : even(std::min<int64_t>(room / blocks(), 8));
+      const int64_t each = ceil_div(steps(), plan.splits);
+      plan.warps = each > 12 && plan.splits * blocks() <= sms ? 8 : each > 2 ? 4 : 2;
     } else {
       plan.splits = blocks() <= kRule.large_cluster_blocks ? 16 : 8;
       while (plan.splits > 2 && (plan.splits * blocks() > kRule.cluster_blocks_per_sm * sms || plan.splits > steps()))
@@ -235,7 +247,8 @@ std::optional<DecodePlan> decode_plan(const AttentionProblem& p, const DecodeHin
   plan.warps = static_cast<int>(tile().heads ? kRule.grid_warps : kRule.grid_warps_rows);
   const int64_t slots = tile().heads ? kRule.warps_per_sm / plan.warps * sms : sms;
   if (p.batch == 1) {
-    const int64_t most = std::min({slots / blocks(), int64_t{kMostSplits}, steps() / 4});
+    int64_t most = std::min({slots / blocks(), int64_t{kMostSplits}, steps() / 4});
+    if (large()) most = std::min(most, std::max<int64_t>(steps() / 16, 32));  // 8192 keys: 17.7 us in 64, 15.0 in 32
     const int64_t turns = ceil_div(steps(), plan.warps * std::max<int64_t>(most, 1));
     plan.splits = static_cast<int>(ceil_div(steps(), plan.warps * turns));
   } else {
