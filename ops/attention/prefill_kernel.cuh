@@ -93,17 +93,16 @@ struct Group {
     const uint32_t q = shared.query(slot.stage(), index) + lane / 32 * 2 * kEight + part;
     const uint32_t k = shared.keys(at.stage()) + part;
 #pragma unroll
-    for (int j = 0; j < kTileRows / 8; ++j) {
-      float sums[4] = {};
+    for (float& x : s) x = 0.0f;
 #pragma unroll 1
-      for (int step = 0; step < Tile::kSteps; ++step) {
-        const uint32_t low = tile_offset<Tile>(line, 2 * step), high = tile_offset<Tile>(line, 2 * step + 1);
-        mma<T>(sums, load_shared_word(q + low), load_shared_word(q + low + kEight), load_shared_word(q + high),
-               load_shared_word(q + high + kEight), load_shared_word(k + j * kEight + low),
-               load_shared_word(k + j * kEight + high));
-      }
+    for (int step = 0; step < Tile::kSteps; ++step) {
+      const uint32_t low = tile_offset<Tile>(line, 2 * step), high = tile_offset<Tile>(line, 2 * step + 1);
+      const uint32_t query[4] = {load_shared_word(q + low), load_shared_word(q + low + kEight),
+                                 load_shared_word(q + high), load_shared_word(q + high + kEight)};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[4 * j + i] = sums[i];
+      for (int j = 0; j < kTileRows / 8; ++j)
+        mma<T>(reinterpret_cast<float(&)[4]>(s[4 * j]), query[0], query[1], query[2], query[3],
+               load_shared_word(k + j * kEight + low), load_shared_word(k + j * kEight + high));
     }
   }
 
