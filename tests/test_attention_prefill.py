@@ -72,12 +72,11 @@ def test_many_tiles(backend: Backend, width: int) -> None:
     ("batch", "queries", "width", "source"),
     [(9, 150, 64, "boxes"), (9, 150, 72, "boxes"), (9, 250, 72, "boxes"), (11, 150, 64, "boxes"),
      (12, 150, 64, "boxes"), (12, 150, 72, "boxes"), (12, 250, 72, "boxes"), (12, 150, 64, "paged"),
-     (12, 150, 64, "converted"), (12, 150, 80, "converted")],
+     (12, 150, 64, "converted"), (12, 150, 80, "converted"), (3, 729, 72, "boxes"), (7, 729, 72, "boxes"),
+     (3, 700, 64, "paged")],
 )  # fmt: skip
 def test_parts(backend: Backend, batch: int, queries: int, width: int, source: str) -> None:
-    """16 tiles of work for each sequence, of three or four groups: on 132 SMs 12, 44 or 60 are left over after a whole
-    round and taken in three or four parts of one group, in two of two groups and one of none, or in two.
-    """
+    """Heads that are left over after whole rounds on 132 SMs, taken in parts of one group, of two or of three."""
     Case([(queries, 100 + 9 * i) for i in range(batch)], (16, 4), width, **SOURCES[source]).check(backend, KERNEL)
 
 

@@ -13,13 +13,13 @@ struct PrefillArgs {
   CUtensorMap q, k, v, q_last, k_last, v_last;
   AttentionProblem problem;
   uint32_t blocks;  // of the grid
-  uint32_t tiles;   // blocks' worth of work, some of them perhaps empty
-  uint32_t whole;   // the others are parts of a block's worth, each `parts` of them: a last round less long
-  uint32_t parts;
+  uint32_t tiles;   // of work, some of them perhaps empty
+  uint32_t whole;   // of them for all groups; the others, of the last heads, for fewer: a last round less long
+  uint32_t part_groups;
   uint32_t row_tiles;  // of one head: of one sequence, or of all packed ones together
   uint32_t heads;      // of all sequences
   uint32_t section;    // of them, worked on side by side, so that L2 holds their keys
-  Divider<uint32_t> by_section_tiles, by_section, by_q_heads, by_group, by_page_size;
+  Divider<uint32_t> by_section_tiles, by_section, by_q_heads, by_group, by_page_size, by_parts;
   int groups;    // warpgroups with queries in this launch
   bool paired;   // a block's groups take long and short rows of one sequence, for launches of one wave
   bool turns;    // groups issue their products in turn

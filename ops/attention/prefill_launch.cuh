@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "kestrel/arithmetic.h"
 #include "kestrel/tensor_map.h"
 #include "ops/attention/prefill.h"
 #include "ops/attention/prefill_kernel.cuh"
@@ -53,12 +54,21 @@ void launch_prefill(Stream stream, const AttentionProblem& p, const PrefillShape
   }
   const int64_t pairs = packed_q * p.q_heads, row_tiles = row_tiles_of(p, shape.groups);
   const int64_t tiles = pairs * row_tiles;
-  // Keys and values of the heads that are worked on at a time: about half of L2.
-  const int64_t bytes = 2 * p.k_len * p.head_size * size_of(p.kv_dtype) * p.k_heads / p.q_heads;
-  a.section = static_cast<uint32_t>(std::clamp<int64_t>((int64_t{34} << 20) / std::max<int64_t>(bytes, 1), 1, pairs));
-  const int64_t blocks = prefill_blocks(p, shape, sm_count()), rest = tiles % blocks;
-  a.parts = rest > 0 && blocks < tiles ? static_cast<uint32_t>(std::min<int64_t>(blocks / rest, shape.groups)) : 1;
-  a.whole = static_cast<uint32_t>(tiles - rest), a.tiles = static_cast<uint32_t>(tiles + rest * (a.parts - 1));
+  if (shape.persistent) {
+    a.section = 1;  // the tiles of one head after one another
+  } else {
+    // Keys and values of the heads that are worked on at a time: about half of L2.
+    const int64_t bytes = 2 * p.k_len * p.head_size * size_of(p.kv_dtype) * p.k_heads / p.q_heads;
+    a.section = static_cast<uint32_t>(std::clamp<int64_t>((int64_t{34} << 20) / std::max<int64_t>(bytes, 1), 1, pairs));
+  }
+  // The heads that are left after whole rounds go to blocks in parts of as few groups as one more round can take.
+  const int64_t blocks = prefill_blocks(p, shape, sm_count()), rounds = tiles / blocks;
+  const int64_t heads = tiles % blocks ? rounds * blocks / row_tiles : pairs, whole = heads * row_tiles;
+  int part_groups = 1;
+  const auto parts = [&] { return ceil_div(p.q_len, part_groups * kTileRows); };
+  while (whole + (pairs - heads) * parts() > (rounds + 1) * blocks) ++part_groups;
+  a.part_groups = part_groups, a.by_parts = Divider<uint32_t>(parts());
+  a.whole = static_cast<uint32_t>(whole), a.tiles = static_cast<uint32_t>(whole + (pairs - heads) * parts());
   a.blocks = static_cast<uint32_t>(blocks), a.once = blocks == tiles;
   a.row_tiles = static_cast<uint32_t>(row_tiles);
   a.heads = static_cast<uint32_t>(pairs);

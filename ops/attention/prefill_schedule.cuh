@@ -59,7 +59,7 @@ struct KeyTiles {
 struct Plan {
   int head;  // -1: no more work
   int k_head, q_batch, k_batch;
-  int part, rows;  // of the work's tiles of rows the first that is to be done here, and how many
+  int part, rows;  // of the tiles of rows from the work's first on: the first that is done here, and how many
   Lengths s;
   int first, last;          // tiles of keys that any group needs
   int first_key, last_key;  // and keys
@@ -131,13 +131,15 @@ struct Planner {
       if (index >= a.tiles) return false;
       ++round;
       plan->part = 0, plan->rows = a.groups;
-      if (index >= a.whole) {
-        index -= a.whole;
-        const uint32_t each = (a.groups + a.parts - 1) / a.parts, part = index % a.parts;
-        index = a.whole + index / a.parts;
-        plan->part = part * each, plan->rows = min(each, a.groups - part * each);
+      const bool whole = index < a.whole;
+      if (!whole) {
+        uint32_t head, part;
+        a.by_parts(index - a.whole, &head, &part);
+        plan->part = part * a.part_groups, plan->rows = a.part_groups;
+        index = a.whole + head * a.row_tiles;
       }
       *w = work_of(a, index, plan);
+      if (!whole) w->tile = 0;
       if (w->tiles > 0) return true;
     }
   }
