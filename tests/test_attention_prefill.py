@@ -53,10 +53,11 @@ def test_head_sizes(backend: Backend, source: str, width: int, dtype: str) -> No
     case.check(backend, KERNEL)
 
 
-@pytest.mark.parametrize("source", ["boxes", "packed", "paged"])
-@pytest.mark.parametrize("width", [136, 256])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("width", [136, 192, 256])
 def test_wide_heads(backend: Backend, source: str, width: int) -> None:
     Case([(100, 170)], (2, 1), width, options={"causal": True}, **SOURCES[source]).check(backend, KERNEL)
+    Case([(150, 300)], (4, 2), width, "float16", options={"prefix_len": 200}, **SOURCES[source]).check(backend, KERNEL)
 
 
 @pytest.mark.parametrize("width", [64, 72, 128])
@@ -158,6 +159,7 @@ REPLAYED: dict[str, tuple[dict[str, Any], int, tuple[int, int], int]] = {
     "waves": ({"causal": True}, 3, (32, 8), 64),
     "persistent": ({}, 4, (32, 32), 72),
     "wide": ({"prefix_len": 300, "window_size": (500, None)}, 2, (16, 2), 128),
+    "widest": ({"causal": True}, 2, (8, 4), 256),
 }
 
 
@@ -236,7 +238,7 @@ def test_lengths_out_of_range(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
-@pytest.mark.parametrize("width", [64, 80])
+@pytest.mark.parametrize("width", [64, 80, 256])
 def test_pages_that_are_none(backend: Backend, kv_dtype: str, width: int) -> None:
     """Their keys are seen by nobody."""
     pages = backend.array(random((300, 1, 2, width), 1), kv_dtype)

@@ -38,11 +38,12 @@ struct Group {
   static __device__ __forceinline__ int column_of(int thread) { return 2 * (thread % 4); }
   __device__ __forceinline__ void sync() const { sync_threads(8 + index, kGroupThreads); }
   // Named barriers 1 to 4: the group whose turn it is to issue products.
+  __device__ __forceinline__ bool turns() const { return !Tile::kLarge && a.turns; }
   __device__ __forceinline__ void wait_turn() const {
-    if (a.turns) sync_threads(1 + index, 2 * kGroupThreads);
+    if (turns()) sync_threads(1 + index, 2 * kGroupThreads);
   }
   __device__ __forceinline__ void pass_turn() const {
-    if (a.turns) arrive_threads(next_turn, 2 * kGroupThreads);
+    if (turns()) arrive_threads(next_turn, 2 * kGroupThreads);
   }
   __device__ __forceinline__ void wait(Stage at) const { wait_barrier(shared.full(at.stage()), at.parity()); }
   __device__ __forceinline__ void release() {
@@ -407,7 +408,7 @@ template <class Tile>
 __device__ __forceinline__ void run_group(const PrefillArgs& a, const PrefillShared<Tile>& shared) {
   const int index = warp_uniform(static_cast<int>(threadIdx.x / kGroupThreads));
   Group<Tile> group{a, shared, index, static_cast<int>(threadIdx.x % kGroupThreads), (index + 1) % a.groups + 1};
-  if (a.turns && group.index + 1 == a.groups) arrive_threads(1, 2 * kGroupThreads);
+  if (group.turns() && group.index + 1 == a.groups) arrive_threads(1, 2 * kGroupThreads);
   for (;;) {
     const Place<Tile::kQuerySlots> slot = group.slot;
     wait_barrier(shared.plan_full(slot.stage()), slot.parity());

@@ -49,9 +49,7 @@ struct PrefillShared {
   __device__ __forceinline__ uint16_t* missing(uint32_t stage) const {
     return reinterpret_cast<uint16_t*>(at(Tile::kMissingAt)) + stage * 4;
   }
-  __device__ __forceinline__ uint64_t* row_address(uint32_t i) const {
-    return reinterpret_cast<uint64_t*>(at(Tile::kRowsAt)) + i * kGroupThreads;
-  }
+  __device__ __forceinline__ uint64_t* row_address() const { return reinterpret_cast<uint64_t*>(at(Tile::kRowsAt)); }
   __device__ __forceinline__ uint32_t page(uint32_t i) const { return base + Tile::kPagesAt + i * Tile::kPageBytes; }
   __device__ __forceinline__ uint32_t raw(uint32_t i) const { return base + Tile::kRawAt + i * Tile::kRawBytes; }
   __device__ __forceinline__ uint16_t* raw_missing(uint32_t i) const {

@@ -1,9 +1,9 @@
 // The loader of the prefill kernel for keys and values that lie row by row: paged, or e4m3 to be converted to f16
-// (which holds every e4m3 exactly) on the way. A warpgroup: each warp brings 16 rows of a tile, 8 lanes to a row, and a
-// lane works out one row's address for the others. All comes by asynchronous copies, which no register waits for: the
-// entries of the page table kAhead tiles ahead of the rows, 16-bit rows straight into the ring, e4m3 rows into one of
-// their own, kAhead tiles before they are converted. What binds it is the length of a warp's own code, and of e4m3 the
-// start: the first tile of a prefix of 730 is there 4 us after the kernel's.
+// (which holds every e4m3 exactly) on the way. A warpgroup: each warp brings 16 rows of a step's keys and of its
+// values, 8 or 4 lanes to a row, and a lane works out one row's address for the others. All comes by asynchronous
+// copies, which no register waits for: entries of the page table kAhead steps ahead of the rows, 16-bit rows straight
+// into the ring, e4m3 rows into one of their own, kAhead steps before they are converted. What binds it is the length
+// of a warp's own code, and of e4m3 the start: the first tile of a prefix of 730 is there 4 us after the kernel's.
 #pragma once
 
 #include "kestrel/hopper/mma.cuh"
@@ -32,32 +32,26 @@ class RowLoader {
     page_bytes_ = stride.batch * kSize, token_bytes_ = stride.token * kSize;
     table_ = p.page_table ? p.page_table + plan.k_batch * p.page_table_stride : nullptr;
     pages_ = static_cast<uint32_t>(min(p.pages, int64_t{1} << 31));  // a negative entry is one past them
-    top_ = (plan.last - 1) * kTileRows + 16 * warp_ + lane_ % 16;
+    top_ = (plan.last - (lane_ < 16 ? 1 : 0)) * kTileRows + 16 * warp_ + lane_ % 16;
     first_key_ = plan.first_key, last_key_ = plan.last_key;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       copy_page(i);
       commit_copies();
     }
+    // What waits for a group that is kAhead old finds that step's pages, or its e4m3 rows and the pages of a later one.
     if constexpr (Tile::kSource == KeySource::kRows) {
 #pragma unroll 1
       for (int i = 0; i <= count; ++i) {
-        wait_copy_groups<kAhead - 1>();  // the page of this tile: its group is as old as the rows last in this stage
+        wait_copy_groups<kAhead - 1>();
         copy_rows(i, count);
       }
     } else {
 #pragma unroll 1
-      for (int i = 0; i < kAhead; ++i) {
+      for (int i = 0; i <= count + kAhead; ++i) {
         wait_copy_groups<kAhead - 1>();
+        if (i >= kAhead) convert(i - kAhead);
         copy_raw(i, count);
-      }
-      wait_copy_groups<kAhead - 1>();
-#pragma unroll 1
-      for (int i = 0; i <= count; ++i) {
-        if (i > 0) wait_copy_groups<kAhead - 2>();
-        __syncwarp();
-        convert(i, count);
-        if (i > 0) copy_raw(i - 1 + kAhead, count);
       }
     }
   }
@@ -66,17 +60,13 @@ class RowLoader {
   static constexpr int kAhead = Tile::kAhead;
   static constexpr int kChunks = Tile::kHead / 8;  // of a row, 8 elements each
   static constexpr int kPasses = (kChunks + 7) / 8, kRounds = 4;
-  static constexpr int kUnrolled = kPasses > 2 ? 1 : kPasses;  // registers are scarce at 256 columns
-  static constexpr bool kWide = Tile::kHead % 16 == 0;         // e4m3 by 16 bytes, where they lie so
-  static constexpr int kPieceBytes = kWide ? 16 : 8, kPieces = Tile::kHead / kPieceBytes;
-  static constexpr bool kRegular = (kPieces & (kPieces - 1)) == 0;  // where all may be under way at once in registers
-  static constexpr int kEach = (16 * kPieces + 31) / 32;            // pieces of a thread, of keys or values
+  static constexpr int kUnrolled = kPasses > 2 ? 1 : kPasses;              // registers are scarce at 256 columns
   static constexpr int kSize = Tile::kSource == KeySource::kRows ? 2 : 1;  // of an element
 
-  // Lanes 0 to 15 look after the rows' keys, 16 to 31 after their values.
+  // Lanes 0 to 15 look after the rows of a step's keys, 16 to 31 after those of its values.
   __device__ __forceinline__ int key_of(int i) const { return top_ - i * kTileRows; }
   __device__ __forceinline__ bool seen(int key) const { return key >= first_key_ && key < last_key_; }
-  // Where this lane keeps the page of its row of a tile, in shared memory.
+  // Where this lane keeps the page of its row of a step, in shared memory.
   __device__ __forceinline__ uint32_t page_at(int i) const {
     return shared_.page(i % kAhead) + (32 * warp_ + lane_) * 4;
   }
@@ -88,7 +78,7 @@ class RowLoader {
     copy_async<4>(page_at(i), table_ + entry);
   }
 
-  // Puts the addresses of the warp's rows of a tile where its lanes find them. A one in the lowest bit says that the
+  // Puts the addresses of the warp's rows of a step where its lanes find them. A one in the lowest bit says that the
   // row is to be read. Rows that no query sees, or of a page that is none, are not touched, as NaN may lie there, or
   // nothing: zeros stand for them. Returns which are of no page.
   __device__ __forceinline__ uint32_t place_rows(int i) const {
@@ -106,16 +96,16 @@ class RowLoader {
       if (wanted) address += page * page_bytes_ + slot * token_bytes_;
     }
     __syncwarp();
-    shared_.row_address(i % 2)[32 * warp_ + lane_] = address | wanted;
+    shared_.row_address()[32 * warp_ + lane_] = address | wanted;
     const uint32_t none = __ballot_sync(~0u, missing) & 0xffff;
     __syncwarp();
     return none;
   }
   __device__ __forceinline__ int line_of(int round) const { return 16 * warp_ + lane_ / 8 * 4 + round; }
-  // copy(line, chunk, address, read) for this lane's chunks of a tile whose rows are placed.
+  // copy(line, chunk, address, read) for this lane's chunks of keys or values whose rows are placed.
   template <bool kValues, class Copy>
-  __device__ __forceinline__ void each_chunk(int i, const Copy& copy) const {
-    const auto* rows = reinterpret_cast<const ulonglong2*>(shared_.row_address(i % 2) + 32 * warp_ + kValues * 16);
+  __device__ __forceinline__ void each_chunk(const Copy& copy) const {
+    const auto* rows = reinterpret_cast<const ulonglong2*>(shared_.row_address() + 32 * warp_ + kValues * 16);
     const ulonglong2 low = rows[lane_ / 8 * 2], high = rows[lane_ / 8 * 2 + 1];
     const uint64_t row[kRounds] = {low.x, low.y, high.x, high.y};
 #pragma unroll kUnrolled
@@ -145,8 +135,8 @@ class RowLoader {
     };
     const uint32_t missing = place_rows(i);
     const Place<Tile::kStages> at = wait_empty();
-    if (i < count) each_chunk<false>(i, copy_to(shared_.keys(at.stage())));
-    if (i > 0) each_chunk<true>(i - 1, copy_to(shared_.values(at.stage())));
+    if (i < count) each_chunk<false>(copy_to(shared_.keys(at.stage())));
+    if (i > 0) each_chunk<true>(copy_to(shared_.values(at.stage())));
     arrive_after_copies(shared_.full(at.stage()));
     if (lane_ == 0) {
       shared_.missing(at.stage())[warp_] = static_cast<uint16_t>(missing);
@@ -156,89 +146,114 @@ class RowLoader {
     commit_copies();
   }
 
-  // Rows of a tile of e4m3, keys before values, one after another.
-  __device__ __forceinline__ uint32_t raw_at(int i, bool values, int line) const {
-    return shared_.raw(i % kAhead) + (values * kTileRows + 16 * warp_ + line) * Tile::kHead;
+  // e4m3, by pieces of 16 bytes where rows are whole ones. A warp's 16 rows lie as panels of 64 columns, 16 lines each,
+  // a lane's n-th piece 32 pieces behind its first, so that eight lanes read and write 128 bytes of different banks.
+  static constexpr bool kWide = Tile::kHead % 16 == 0;
+  static constexpr int kPieceBytes = kWide ? 16 : 8;
+  static constexpr int kPerLine = 64 / kPieceBytes, kLines = 32 / kPerLine, kPerPanel = 16 / kLines;
+  static constexpr int kFull = Tile::kHead / 64 * kPerPanel;    // a lane's pieces of whole panels
+  static constexpr int kRest = Tile::kHead % 64 / kPieceBytes;  // pieces of a line past them: 0, 1 or 2
+  static constexpr int kEach = kFull + (kRest > 0);             // a lane's pieces of keys or values
+  static constexpr bool kAll = Tile::kHead <= 128;              // of them are in registers at a time
+  static constexpr int kBatch = kAll ? kEach : 4;
+  struct Piece {
+    int line, byte;  // of the row
+    bool there;
+  };
+  __device__ __forceinline__ Piece piece_of(int n) const {
+    if (n < kFull)
+      return {n % kPerPanel * kLines + lane_ / kPerLine, n / kPerPanel * 64 + lane_ % kPerLine * kPieceBytes, true};
+    constexpr int kOf = std::max(kRest, 1);
+    return {lane_ / kOf % 16, kFull / kPerPanel * 64 + lane_ % kOf * kPieceBytes, lane_ < 16 * kRest};
   }
-  // The warp's rows of a tile that is placed. Pieces of 8 bytes would go through L1, which has no room for many.
+  __device__ __forceinline__ uint32_t raw_at(int i, bool values) const {
+    return shared_.raw(i % kAhead) + (values * kTileRows + 16 * warp_) * Tile::kHead;
+  }
   template <int kBytes>
+  __device__ __forceinline__ void copy_piece(uint32_t to, uint64_t row, int byte) const {
+    const bool read = (row & 1) && byte < static_cast<int>(a_.problem.head_size);
+    copy_async<kBytes>(to, reinterpret_cast<const char*>(row & ~uint64_t{1}) + byte, read ? kBytes : 0);
+  }
+  // The warp's rows of a step that is placed.
   __device__ __forceinline__ void copy_pieces(int i) const {
-    constexpr int kPieces = Tile::kHead / kBytes;  // of a row
-    constexpr int kAtOnce = kBytes == kPieceBytes && kRegular ? kPieces : 1;
-    constexpr int kUnrolled = kBytes == 8 && kWide ? 1 : kPieces;  // rare: short
-    const uint64_t* rows = shared_.row_address(i % 2) + 32 * warp_;
-#pragma unroll kUnrolled
-    for (int first = 0; first < kPieces; first += kAtOnce) {
-      uint64_t row[kAtOnce];
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) row[n] = rows[((first + n) * 32 + lane_) / kPieces];
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const int at = (first + n) * 32 + lane_, line = at / kPieces, byte = at % kPieces * kBytes;
-        const bool read = (row[n] & 1) && byte < static_cast<int>(a_.problem.head_size);
-        copy_async<kBytes>(raw_at(i, line / 16, line % 16) + byte,
-                           reinterpret_cast<const char*>(row[n] & ~uint64_t{1}) + byte, read ? kBytes : 0);
+    const uint64_t* rows = shared_.row_address() + 32 * warp_;
+    if (kWide && !a_.wide) {  // rare: short
+#pragma unroll 1
+      for (int at = lane_; at < 4 * Tile::kHead; at += 32) {
+        const int row = at / (Tile::kHead / 8), byte = at % (Tile::kHead / 8) * 8, panel = byte / 64 * 64;
+        copy_piece<8>(raw_at(i, row / 16) + panel * 16 + row % 16 * min(Tile::kHead - panel, 64) + byte % 64, rows[row],
+                      byte);
       }
+      return;
+    }
+    uint64_t row[2 * kPerPanel];
+#pragma unroll
+    for (int n = 0; n < 2 * kPerPanel; ++n) row[n] = rows[n / kPerPanel * 16 + piece_of(n % kPerPanel).line];
+#pragma unroll
+    for (int n = 0; n < 2 * kEach; ++n) {
+      const bool values = n >= kEach;
+      const Piece piece = piece_of(n % kEach);
+      if (piece.there)
+        copy_piece<kPieceBytes>(
+            raw_at(i, values) + (n % kEach * 32 + lane_) * kPieceBytes,
+            n % kEach < kFull ? row[values * kPerPanel + n % kEach % kPerPanel] : rows[values * 16 + piece.line],
+            piece.byte);
     }
   }
   __device__ __forceinline__ void copy_raw(int i, int count) const {
-    if (i < count) {
+    if (i <= count) {
       const uint32_t missing = place_rows(i);
       if (lane_ == 0) shared_.raw_missing(i % kAhead)[warp_] = static_cast<uint16_t>(missing);
-      if (kWide && a_.wide)
-        copy_pieces<kWide ? 16 : 8>(i);
-      else
-        copy_pieces<8>(i);
+      copy_pieces(i);
       copy_page(i + kAhead);
     }
     commit_copies();
   }
   struct Raw {
-    uint32_t word[kEach][kPieceBytes / 4];
+    uint32_t word[kBatch][kPieceBytes / 4];
   };
-  __device__ __forceinline__ bool piece_of(int n, int* line, int* piece) const {
-    const int at = n * 32 + lane_;
-    *line = at / kPieces, *piece = at % kPieces;
-    return 16 * kPieces % 32 == 0 || at < 16 * kPieces;
-  }
-  __device__ __forceinline__ void load_raw(Raw& raw, int i, bool values) const {
+  __device__ __forceinline__ void load_raw(Raw& raw, uint32_t from) const {
 #pragma unroll
-    for (int n = 0; n < kEach; ++n) {
-      int line, piece;
-      if (!piece_of(n, &line, &piece)) line = piece = 0;
-      const uint32_t from = raw_at(i, values, line) + piece * kPieceBytes;
+    for (int n = 0; n < kBatch; ++n) {
+      if (!piece_of(n).there) continue;
+      const uint32_t at = from + (n * 32 + lane_) * kPieceBytes;
       if constexpr (kWide) {
-        const uint4 v = load_shared(from);
+        const uint4 v = load_shared(at);
         raw.word[n][0] = v.x, raw.word[n][1] = v.y, raw.word[n][2] = v.z, raw.word[n][3] = v.w;
       } else {
-        const uint2 v = load_shared_pair(from);
+        const uint2 v = load_shared_pair(at);
         raw.word[n][0] = v.x, raw.word[n][1] = v.y;
       }
     }
   }
   __device__ __forceinline__ void store_halves(const Raw& raw, uint32_t to) const {
 #pragma unroll
-    for (int n = 0; n < kEach; ++n) {
-      int line, piece;
-      if (piece_of(n, &line, &piece))
+    for (int n = 0; n < kBatch; ++n) {
+      const Piece piece = piece_of(n);
+      if (piece.there)
 #pragma unroll
         for (int half = 0; half < kPieceBytes / 8; ++half) {
           uint4 v;
           widen(raw.word[n][2 * half], &v.x, &v.y);
           widen(raw.word[n][2 * half + 1], &v.z, &v.w);
-          store_shared(to + tile_offset<Tile>(16 * warp_ + line, piece * (kPieceBytes / 8) + half), v);
+          store_shared(to + tile_offset<Tile>(16 * warp_ + piece.line, piece.byte / 8 + half), v);
         }
     }
   }
-  __device__ __forceinline__ void convert(int i, int count) {
+  __device__ __forceinline__ void convert_rows(Raw& raw, uint32_t from, uint32_t to) const {
+#pragma unroll 1
+    for (int n = 0; n < kEach; n += kBatch) {
+      if (!kAll) load_raw(raw, from + n * 32 * kPieceBytes);
+      store_halves(raw, to + n / kPerPanel * Tile::kPanelBytes);
+    }
+  }
+  __device__ __forceinline__ void convert(int i) {
     Raw keys, values;
-    if (kRegular && i < count) load_raw(keys, i, false);
-    if (kRegular && i > 0) load_raw(values, i - 1, true);
+    __syncwarp();  // each lane has waited for its own copies
+    if (kAll) load_raw(keys, raw_at(i, false)), load_raw(values, raw_at(i, true));
     const Place<Tile::kStages> at = wait_empty();
-    if (!kRegular && i < count) load_raw(keys, i, false);
-    if (i < count) store_halves(keys, shared_.keys(at.stage()));
-    if (!kRegular && i > 0) load_raw(values, i - 1, true);
-    if (i > 0) store_halves(values, shared_.values(at.stage()));
+    convert_rows(keys, raw_at(i, false), shared_.keys(at.stage()));
+    convert_rows(values, raw_at(i, true), shared_.values(at.stage()));
     if (lane_ == 0) shared_.missing(at.stage())[warp_] = shared_.raw_missing(i % kAhead)[warp_];
     __syncwarp();
     if (lane_ == 0) arrive(shared_.full(at.stage()));
@@ -270,7 +285,7 @@ __device__ __forceinline__ void load_by_rows(const PrefillArgs& a, const Prefill
     sync_threads(kLoaderBarrier, kGroupThreads);
     if (plan->head < 0) return;
     loader.load(*plan);
-    if (a.once) return wait_copies();
+    if (Tile::kLarge || a.once) return wait_copies();
     // Everybody is done with this plan's place before the next one is written there.
     sync_threads(kLoaderBarrier, kGroupThreads);
   }

@@ -46,10 +46,14 @@ struct PrefillTile {
                                                                                                    : 136)
                                     : kBoxes                      ? 232
                                     : kSource == KeySource::kRows ? 216
+                                    : kHead > 128                 ? 208
                                                                   : 184;
   static constexpr int kLoaderRegisters = kGroups == 4   ? 32
                                           : kGroups == 3 ? 512 - 3 * kRegisters
                                                          : 504 - 2 * kRegisters;
+
+  // No registers are left for turns, nor for more than one tile of work; tiles.json's rule gives them none.
+  static constexpr bool kLarge = kHead > 128;
 
   static constexpr int kQueryBytes = kGroups * kTileBytes;  // of a slot
   static constexpr int kKeysAt = kQuerySlots * kQueryBytes, kValuesAt = kKeysAt + kStages * kTileBytes;
@@ -58,15 +62,16 @@ struct PrefillTile {
   // Full and empty: of the stages, the query slots; and the slots' plans.
   static constexpr int kMissingAt = kBarriersAt + 16 * (kStages + kQuerySlots) + 8 * kQuerySlots;
   static constexpr int kRowsAt = kBoxes ? kMissingAt : (kMissingAt + kStages * 8 + 15) / 16 * 16;
-  static constexpr int kPagesAt = kRowsAt + (kBoxes ? 0 : 2 * kGroupThreads * 8);
-  // Of rows: tiles whose pages are known before they are needed, and whose e4m3 rows lie here before their conversion.
+  static constexpr int kPagesAt = kRowsAt + (kBoxes ? 0 : kGroupThreads * 8);
+  // Of rows: steps whose pages are known before they are needed, and whose e4m3 rows lie here before their conversion.
   static constexpr int kPageBytes = kGroupThreads * 4;
   static constexpr int kRawBytes = kSource == KeySource::kE4m3Rows ? 2 * kTileRows * kHead : 0;
   static constexpr int kAhead = kBoxes ? 0
                                 : kSource == KeySource::kRows
                                     ? kStages
                                     : std::min(4, ((226 << 10) - kPagesAt) / (kPageBytes + kRawBytes + 8));
-  static constexpr int kRawAt = kPagesAt + kAhead * kPageBytes, kRawMissingAt = kRawAt + kAhead * kRawBytes;
+  static constexpr int kRawAt = (kPagesAt + kAhead * kPageBytes + 127) / 128 * 128,
+                       kRawMissingAt = kRawAt + kAhead * kRawBytes;
   static constexpr int kSharedBytes = kRawMissingAt + (kRawBytes ? kAhead * 8 : 0) + 1024;
   static_assert(kSharedBytes <= 227 << 10);
 };
