@@ -97,6 +97,7 @@ class AttentionPrefill(AttentionEntry):
         "causal h1 d256 s130",
         "prefix7 h2 d64 s17 paged1 fp8",
         "prefix70 h1 d128 s90 paged1 bf16",
+        "prefix70 h1 d256 s90 paged1 fp8",
     )
 
     mask: str
