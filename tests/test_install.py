@@ -120,6 +120,22 @@ def test_consumer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not re.search(r"^\s*lib\w*(python|tvm|torch|cuda|cublas)", loaded, re.MULTILINE)
 
 
+HAS_NVCC = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()
+
+
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ninja") and HAS_NVCC), reason="needs cmake and nvcc")
+def test_other_architectures(tmp_path: Path) -> None:
+    """GPUs that are not Hopper's have what needs no Hopper; kernels that do are left empty there, not in the way."""
+    configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+    assert "CUDA kernels for 90a 80," in run(*configure, "-DKESTREL_KERNELS_CUDA_ARCH=9.0, 8.0;90a")
+    for wrong in ("7.5", "8.0+PTX", "Hopper"):
+        done = subprocess.run([*configure, f"-DKESTREL_KERNELS_CUDA_ARCH={wrong}"], capture_output=True, text=True)
+        assert "KESTREL_KERNELS_CUDA_ARCH must be numbers from 80 on" in done.stderr
+    run(*configure, "-DKESTREL_KERNELS_CUDA_ARCH=80 100")
+    kernels = ("gen/ops/attention/prefill_72", "gen/ops/moe/wgmma_32x128_5_fp8", "ops/moe/warp_bf16")
+    run("ninja", "-C", tmp_path, *(f"CMakeFiles/kestrel_host.dir/{kernel}.cu.o" for kernel in kernels))
+
+
 def test_import_loads_nothing() -> None:
     code = """
         import sys, kestrel_kernels

@@ -210,14 +210,19 @@ __device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4]
   KESTREL_WGMMA_SIZES(KESTREL_WGMMA_REGISTERS)
 }
 
-// setmaxnreg, by a whole warpgroup, in kernels of one block on an SM: registers of each thread, a multiple of 8.
+// setmaxnreg, by a whole warpgroup, in kernels of one block on an SM: registers of each thread, a multiple of 8. No-ops
+// where it is not sm_90a.
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
 }
 template <int kRegisters>
 __device__ __forceinline__ void leave_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
 }
 
 }  // namespace kestrel

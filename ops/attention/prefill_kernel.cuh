@@ -468,6 +468,7 @@ __device__ __forceinline__ void init_barriers(const PrefillShared<Tile>& shared,
 
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) prefill_kernel(const __grid_constant__ PrefillArgs a) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)  // elsewhere it is never launched
   extern __shared__ char memory[];
   const PrefillShared<Tile> shared{(shared_address(memory) + 1023) & ~1023u};
   const uint32_t groups = a.groups, group_threads = groups * kGroupThreads;
@@ -493,6 +494,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) prefill_kernel(const __grid
     wait_for_predecessor();
     release_successor();
   }
+#endif
 }
 
 }  // namespace kestrel::cuda

@@ -469,7 +469,7 @@ __device__ __forceinline__ void consume(const WgmmaArgs<T, Out>& args, typename 
 template <class T, class Out, class Tile, Finish kFinish>
 __global__ void __launch_bounds__(Shape<Tile>::kThreads, Tile::kBlocks)
     moe_wgmma_kernel(const __grid_constant__ WgmmaArgs<T, Out> args) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)  // elsewhere it is never launched
   extern __shared__ __align__(1024) unsigned char memory[];
   auto* const shared = reinterpret_cast<typename Shape<Tile>::Shared*>(memory);
   Rings<Tile> rings(shared);
