@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 FLOATS = ("bfloat16", "float16", "float32")
 HALVES = ("bfloat16", "float16")
+
+needs_cmake = pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ninja")), reason="needs cmake and ninja")
 
 # One rounding to the dtype is half a unit in the last place, 2^-(p); the rest allows for fp32 arithmetic before it.
 _RELATIVE = {"float32": 4e-6, "float16": 2.0**-11 * 1.05, "bfloat16": 2.0**-8 * 1.01, "float8_e4m3fn": 2.0**-4 * 1.01}

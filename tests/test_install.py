@@ -12,6 +12,7 @@ from pathlib import Path
 import kestrel_kernels
 import pytest
 from kestrel_kernels import _info, _library
+from support import needs_cmake
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("libkestrel.so", "libkestrel_ffi.so")
@@ -107,7 +108,7 @@ def test_exported_symbols() -> None:
     assert not any(name.startswith(("kestrel::cpu::", "kestrel::cuda::")) for name in names)
 
 
-@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ninja")), reason="needs cmake and ninja")
+@needs_cmake
 def test_consumer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     package = info("--cmake-dir", capsys)
     run("cmake", "-S", ROOT / "tests" / "consumer", "-B", tmp_path, "-G", "Ninja", f"-DKestrelKernels_DIR={package}")
@@ -120,10 +121,8 @@ def test_consumer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not re.search(r"^\s*lib\w*(python|tvm|torch|cuda|cublas)", loaded, re.MULTILINE)
 
 
-HAS_NVCC = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()
-
-
-@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ninja") and HAS_NVCC), reason="needs cmake and nvcc")
+@needs_cmake
+@pytest.mark.skipif(not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()), reason="needs nvcc")
 def test_other_architectures(tmp_path: Path) -> None:
     """GPUs that are not Hopper's have what needs no Hopper; kernels that do are left empty there, not in the way."""
     configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]

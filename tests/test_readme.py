@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from kestrel_kernels import _library
+from support import needs_cmake
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +28,7 @@ def test_python_examples() -> None:
     assert str(hidden.dtype) == "torch.bfloat16" and hidden.shape == (4, 1536)  # type: ignore[attr-defined]
 
 
-@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ninja")), reason="needs cmake and ninja")
+@needs_cmake
 def test_cpp_example(tmp_path: Path) -> None:
     (program,) = blocks("cpp")
     (tmp_path / "main.cpp").write_text(program)

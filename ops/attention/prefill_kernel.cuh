@@ -37,8 +37,8 @@ struct Group {
   static __device__ __forceinline__ int row_of(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
   static __device__ __forceinline__ int column_of(int thread) { return 2 * (thread % 4); }
   __device__ __forceinline__ void sync() const { sync_threads(8 + index, kGroupThreads); }
-  // Named barriers 1 to 4: the group whose turn it is to issue products.
   __device__ __forceinline__ bool turns() const { return !Tile::kLarge && a.turns; }
+  // Named barriers 1 to 4: the group whose turn it is to issue products.
   __device__ __forceinline__ void wait_turn() const {
     if (turns()) sync_threads(1 + index, 2 * kGroupThreads);
   }

@@ -7,8 +7,8 @@ namespace kestrel::cuda {
 
 // A compiled tile (ops/moe/tile.h). kTokens: the most rows of x; in large tiles 16 more than a block of the alignment
 // has, so that experts with somewhat more rows than two blocks have two tiles. kGroups: consumer warpgroups, each with
-// 128 rows of weights (of a gate 64 of either panel). kBlocks: on an SM. kRuns: what a block's table
-// holds of the list (wgmma_runs.cuh).
+// 128 rows of weights (of a gate 64 of either panel). kBlocks: on an SM. kRuns: what a block's table holds of the list
+// (wgmma_runs.cuh).
 template <int kBlockM, int kBlockN, int kNumStages>
 struct WgmmaTile {
   static constexpr int kGroups = kBlockN / 128, kTokens = kBlockM + (kGroups == 1 ? 0 : 16), kStages = kNumStages;

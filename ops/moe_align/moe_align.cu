@@ -41,18 +41,21 @@ struct Routing {
   Divider<uint32_t> slots;
   uint32_t assignments, experts;
 
+  __device__ __forceinline__ const int32_t* id_at(uint32_t assignment, uint32_t* token) const {
+    uint32_t slot;
+    slots(assignment, token, &slot);
+    return ids + *token * ids_stride + slot;
+  }
   __device__ __forceinline__ void prefetch_id(uint32_t assignment) const {
-    uint32_t token, slot;
-    slots(assignment, &token, &slot);
-    prefetch(ids + token * ids_stride + slot);
+    uint32_t token;
+    prefetch(id_at(assignment, &token));
   }
   // What stands in topk_ids, or kNone where the token is another LoRA's. kFlat: no LoRAs, and ids without gaps.
   template <bool kLora, bool kFlat = false>
   __device__ __forceinline__ uint32_t id(uint32_t assignment, uint32_t lora) const {
     if constexpr (kFlat) return ids[assignment];
-    uint32_t token, slot;
-    slots(assignment, &token, &slot);
-    const uint32_t id = ids[token * ids_stride + slot];
+    uint32_t token;
+    const uint32_t id = *id_at(assignment, &token);
     if (kLora && lora_of && static_cast<uint32_t>(lora_of[token * lora_of_stride]) != lora) return kNone;
     return id;
   }
